@@ -4,7 +4,7 @@ Shapes in names: B rows, T new tokens of a row, D dim, H heads, V vocabulary, N 
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,26 +15,25 @@ from torch import Tensor
 
 from kernels import Ops, causal, sliding_window
 
-# What sets a family apart from Llama.
-FAMILIES = {
-    "LlamaForCausalLM": {},
-    "MistralForCausalLM": {},
-    "Qwen2ForCausalLM": {"qkv_bias": True},
-    "Qwen3ForCausalLM": {"qk_norm": True},
-}
-ROPE_TYPES = {  # and the settings that each needs
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+# What sets a family apart, as entries of its config.json, and the settings that a kind of rope scaling needs.
+FAMILIES = {"LlamaForCausalLM": {"sliding_window": None}, "MistralForCausalLM": {"use_sliding_window": True}}
+FAMILIES |= {"Qwen2ForCausalLM": {"qkv_bias": True}, "Qwen3ForCausalLM": {"qk_norm": True}}
+ROPE_TYPES = {"default": (), "linear": ("factor",)}
+ROPE_TYPES["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class InputError(ValueError):
     """The user gave something that cannot work; the message is the one line they read."""
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; raises InputError."""
+def refuse(message: str):
+    raise InputError(message)
+
+
+def read_json(path: Path, default: dict | None = None) -> dict:
+    """The JSON object in a file, or `default` where there is no file; raises InputError."""
+    if default is not None and not path.exists():
+        return default
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -46,7 +45,7 @@ def read_json(path: Path) -> dict:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model, read from a Hugging Face config.json."""
+    """The shape of a model."""
 
     vocab_size: int
     dim: int
@@ -58,76 +57,80 @@ class ModelConfig:
     context: int
     norm_eps: float
     windows: tuple[int | None, ...]  # each layer's sliding window, None where attention is full
-    rope: dict = field(default_factory=dict)  # rope_theta, rope_type and what ROPE_TYPES names for it
-    eos_ids: tuple[int, ...] = ()
-    tied: bool = False
-    qkv_bias: bool = False
-    o_bias: bool = False
-    ffn_bias: bool = False
-    qk_norm: bool = False
+    rope: dict  # rope_theta, rope_type and what ROPE_TYPES names for it
+    tied: bool
+    qkv_bias: bool
+    o_bias: bool
+    ffn_bias: bool
+    qk_norm: bool
 
     @classmethod
     def from_file(cls, path: Path) -> "ModelConfig":
-        """Read config.json; raises InputError naming what is missing or not supported."""
+        """Read a Hugging Face config.json; raises InputError naming what is missing, wrong or not supported."""
         raw = read_json(path)
-        family = (raw.get("architectures") or ["none"])[0]
-        if family not in FAMILIES:
-            raise InputError(f"{path}: architecture {family} is not supported, choose from {', '.join(FAMILIES)}")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise InputError(f"{path}: hidden_act {raw['hidden_act']} is not supported, expected silu")
         try:
-            config = cls(**_fields(raw) | FAMILIES[family])
-            rope_table(config, 1)
+            return cls._parse(raw)
         except KeyError as e:
             raise InputError(f"{path}: {e.args[0]} is missing") from e
-        except (TypeError, AttributeError, ArithmeticError) as e:
-            raise InputError(f"{path}: a value has the wrong type: {e}") from e
-        if config.n_heads % config.n_kv_heads or config.head_dim % 2 or len(config.windows) != config.n_layers:
-            raise InputError(f"{path}: KV heads must divide heads, head_dim be even, and layer_types name every layer")
+        except (TypeError, AttributeError, ArithmeticError, ValueError) as e:
+            raise InputError(f"{path}: {e}") from e
+
+    @classmethod
+    def _parse(cls, raw: dict) -> "ModelConfig":
+        def size(name: str, default: int | None = None) -> int:
+            value = raw[name] if default is None or raw.get(name) is not None else default
+            return (
+                value if type(value) is int and value > 0 else refuse(f"{name} is {value}, expected a positive integer")
+            )
+
+        rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta")} | (raw.get("rope_scaling") or {})
+        rope = {"rope_type": rope.get("type", "default"), "partial_rotary_factor": 1} | rope
+        family, act = raw["architectures"][0], raw.get("hidden_act", "silu")
+        found = (
+            (family, FAMILIES),
+            (act, ["silu"]),
+            (rope["rope_type"], ROPE_TYPES),
+            (rope["partial_rotary_factor"], [1]),
+        )
+        for value, choices in found:
+            if value not in choices:
+                refuse(f"{value} is not supported, choose from {', '.join(map(str, choices))}")
+        raw = raw | FAMILIES[family]
+        n_heads, n_layers = size("num_attention_heads"), size("num_hidden_layers")
+        window = size("sliding_window", 1 << 62) if raw.get("use_sliding_window") else None
+        # Without layer_types, a Qwen config names the first layer that slides; in a Mistral every layer does.
+        slides = [kind == "sliding_attention" for kind in raw.get("layer_types") or ()]
+        slides = slides or [i >= raw.get("max_window_layers", 0) for i in range(n_layers)]
+        bias = bool(raw.get("attention_bias"))
+        config = cls(
+            vocab_size=size("vocab_size"),
+            dim=size("hidden_size"),
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_kv_heads=size("num_key_value_heads", n_heads),
+            head_dim=size("head_dim", size("hidden_size") // n_heads),
+            ffn_dim=size("intermediate_size"),
+            context=size("max_position_embeddings"),
+            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            windows=tuple(window if slide and window != 1 << 62 else None for slide in slides),
+            rope=rope,
+            tied=bool(raw.get("tie_word_embeddings")),
+            qkv_bias=bias or "qkv_bias" in raw,
+            o_bias=bias,
+            ffn_bias=bool(raw.get("mlp_bias")),
+            qk_norm="qk_norm" in raw,
+        )
+        rope_table(config, 1)  # raises for settings that are missing or wrong
+        if n_heads % config.n_kv_heads or config.head_dim % 2 or len(slides) != n_layers:
+            refuse("expected KV heads that divide the heads, an even head_dim and a layer_type for each layer")
         return config
-
-
-def _fields(raw: dict) -> dict:
-    n_heads, bias, eos = raw["num_attention_heads"], bool(raw.get("attention_bias")), raw.get("eos_token_id")
-    rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta")} | (raw.get("rope_scaling") or {})
-    return {
-        "vocab_size": raw["vocab_size"],
-        "dim": raw["hidden_size"],
-        "n_layers": raw["num_hidden_layers"],
-        "n_heads": n_heads,
-        "n_kv_heads": raw.get("num_key_value_heads") or n_heads,
-        "head_dim": raw.get("head_dim") or raw["hidden_size"] // n_heads,
-        "ffn_dim": raw["intermediate_size"],
-        "context": raw["max_position_embeddings"],
-        "norm_eps": raw.get("rms_norm_eps", 1e-6),
-        "windows": _windows(raw),
-        "rope": {"rope_type": rope.get("type", "default")} | rope,
-        "eos_ids": tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-        "tied": bool(raw.get("tie_word_embeddings")),
-        "qkv_bias": bias,
-        "o_bias": bias,
-        "ffn_bias": bool(raw.get("mlp_bias")),
-    }
-
-
-def _windows(raw: dict) -> tuple[int | None, ...]:
-    window, n_layers = raw.get("sliding_window"), raw["num_hidden_layers"]
-    if not window or not raw.get("use_sliding_window", True):
-        return (None,) * n_layers
-    if kinds := raw.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    # A Qwen config names the first layer that slides; in a Mistral every layer does.
-    first = raw.get("max_window_layers", 0) if "use_sliding_window" in raw else 0
-    return tuple(window if i >= first else None for i in range(n_layers))
 
 
 def rope_table(config: ModelConfig, length: int) -> Tensor:
     """cos and sin by position and frequency, fp32 [length, 2, head_dim / 2] (RoFormer, eq. 34); "linear" divides
     the frequencies, "llama3" (Llama 3.1) divides the long wavelengths, keeps the short and blends those between."""
-    rope = config.rope
-    if (kind := rope["rope_type"]) not in ROPE_TYPES:
-        raise InputError(f"rope scaling {kind} is not supported, choose from {', '.join(ROPE_TYPES)}")
-    settings = [rope[name] for name in ROPE_TYPES[kind]]
+    rope, kind = config.rope, config.rope["rope_type"]
+    settings = [float(rope[name]) for name in ROPE_TYPES[kind]]
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
     freq = 1.0 / float(rope["rope_theta"] or 10000.0) ** (pairs / config.head_dim)
     if kind == "linear":
@@ -340,40 +343,37 @@ class Transformer(nn.Module):
 def load_checkpoint(model: Transformer, directory: Path, progress=lambda done, total: None) -> None:
     """Stream every tensor of a Hugging Face directory into place. All names and shapes are checked before the first
     weight is read; raises InputError that names the tensor or file."""
-    takers = model.takers()
-    try:
-        files = [safe_open(path, "pt") for path in _checkpoint_files(directory)]
-        found = {name: file for file in files for name in file.keys()}
-        # Some files repeat a tied head, and the first Llama 2 exports store what config.json already says.
-        repeats = {"lm_head.weight"} if model.config.tied else set()
-        found = {n: f for n, f in found.items() if n not in repeats and not n.endswith("rotary_emb.inv_freq")}
-        for problem, names in (
-            ("missing", takers.keys() - found.keys()),
-            ("not expected", found.keys() - takers.keys()),
-        ):
-            if names:
-                raise InputError(f"{directory}: tensor {min(names)} is {problem} ({len(names)} in all)")
-        for name, file in found.items():
-            entry, shape = file.get_slice(name), takers[name].shapes[name]
-            if tuple(entry.get_shape()) != shape or entry.get_dtype() not in ("BF16", "F16", "F32"):
-                got = f"{entry.get_dtype()} {entry.get_shape()}"
-                raise InputError(f"{directory}: tensor {name} is {got}, expected BF16, F16 or F32 {list(shape)}")
-        for done, (name, file) in enumerate(found.items(), start=1):
-            takers[name].load(name, file.get_tensor(name), mapped=True)
-            progress(done, len(found))
-    except SafetensorError as e:
-        raise InputError(f"{directory}: a safetensors file is truncated or corrupt: {e}") from e
+    takers, found = model.takers(), {}
+    # Some files repeat a tied head, and the first Llama 2 exports store what config.json already says.
+    repeats = {"lm_head.weight"} if model.config.tied else set()
+    for path in _checkpoint_files(directory):
+        try:
+            file = safe_open(path, "pt")
+        except SafetensorError as e:
+            raise InputError(f"{path}: truncated or corrupt: {e}") from e
+        found |= {n: file for n in file.keys() if n not in repeats and not n.endswith("rotary_emb.inv_freq")}
+    for problem, names in (("missing", takers.keys() - found.keys()), ("not expected", found.keys() - takers.keys())):
+        if names:
+            raise InputError(f"{directory}: tensor {min(names)} is {problem} ({len(names)} in all)")
+    for name, file in found.items():
+        entry, shape = file.get_slice(name), list(takers[name].shapes[name])
+        if entry.get_shape() != shape or entry.get_dtype() not in ("BF16", "F16", "F32"):
+            got = f"{entry.get_dtype()} {entry.get_shape()}"
+            raise InputError(f"{directory}: tensor {name} is {got}, expected BF16, F16 or F32 {shape}")
+    for done, (name, file) in enumerate(found.items(), start=1):
+        takers[name].load(name, file.get_tensor(name), mapped=True)
+        progress(done, len(found))
 
 
 def _checkpoint_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
-    names = set(read_json(index).get("weight_map", {}).values()) if index.exists() else ()
-    paths = sorted(directory / name for name in names) or sorted(directory.glob("*.safetensors"))
+    shards = read_json(index, {}).get("weight_map", {})
+    if not isinstance(shards, dict):
+        raise InputError(f"{index}: expected a weight_map of tensor names to files")
+    paths = sorted({directory / name for name in shards.values()}) or sorted(directory.glob("model*.safetensors"))
     if missing := [path for path in paths if not path.is_file()]:
         raise InputError(f"{missing[0]}: named by {index.name} but missing")
-    if not paths:
-        raise InputError(f"{directory}: no *.safetensors file")
-    return paths
+    return paths or refuse(f"{directory}: no model.safetensors and no {index.name}")
 
 
 def randomize(model: Transformer, seed: int = 0) -> None:

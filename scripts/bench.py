@@ -1,0 +1,77 @@
+"""Speed on this machine, as a table: prefill and decode at several batch sizes, beside what its memory can deliver.
+
+python scripts/bench.py --compile                                    the default model
+python scripts/bench.py --random_weights scripts/configs/Llama-3.1-8B.json --batches 1
+All flags of generate.py that choose a model or a way to run it apply."""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+PROMPT, CONTEXT, NEW = 500, 16, 128  # tokens: of a prompt to prefill, of a prompt to decode after, and decoded
+
+
+def read_bandwidth(device):
+    """Bytes per second that a device reads from its memory: the best of five sums of 256 MB."""
+    data, times = torch.ones(1 << 26, device=device), []
+    for _ in range(5):
+        start = time.perf_counter()
+        data.sum().item()
+        times.append(time.perf_counter() - start)
+    return data.nbytes / min(times)
+
+
+def peak_memory(device):
+    """Bytes: CUDA's own peak; on Linux the anonymous memory now, without the mapped files that VmHWM counts."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    return int(status.read_text().split("RssAnon:")[1].split()[0]) << 10 if status.exists() else 0
+
+
+def measure(generate, model, batch_size, prompt, new):
+    """One engine run of `batch_size` random prompts: (prefill tokens/s, decode tokens/s, steps/s, first token s)."""
+    engine = generate.Engine(model, generate.Tokenizer(None), batch_size, prompt + new)
+    ids = torch.randint(model.config.vocab_size, (batch_size, prompt)).tolist()
+    requests = [generate.Request(i, "", row, max_new_tokens=new) for i, row in enumerate(ids)]
+    list(engine.generate(requests))
+    tokens, seconds = engine.tokens, engine.seconds
+    decode, steps = (n / (seconds["decode"] or 1) for n in (tokens["decode"], engine.steps))
+    return tokens["prefill"] / seconds["prefill"], decode, steps, engine.first_token_s
+
+
+def main(argv):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import generate
+
+    options = {"--batches": "1,4,16", "--runs": "5"}
+    for flag in options:
+        if flag in argv:
+            i = argv.index(flag)
+            options[flag] = argv[i + 1]
+            argv = argv[:i] + argv[i + 2 :]
+    args = generate.parse_args(argv)
+    model, _ = generate.load(args)
+    generate.set_up(model, args.compile, args.compile_prefill)
+    limit = read_bandwidth(model.device)
+    how = f"{args.precision}, {'compiled' if args.compile else 'eager'}, {torch.get_num_threads()} threads"
+    print(f"{model.nbytes / 1e9:.2f} GB of weights, {how}; this machine reads {limit / 1e9:.1f} GB/s; medians\n")
+    print(f"| batch | prefill of {PROMPT}, tokens/s | first token, s | decode, tokens/s | GB/s | of the limit |")
+    print("|---|---|---|---|---|---|")
+    for batch_size in map(int, options["--batches"].split(",")):
+        if args.compile or args.compile_prefill:
+            generate.warm_up(model, batch_size, CONTEXT + NEW)
+        runs = range(int(options["--runs"]) + 1)  # the first only warms up
+        prefill = [measure(generate, model, batch_size, PROMPT, 1) for _ in runs][1:]
+        decode = [measure(generate, model, batch_size, CONTEXT, NEW) for _ in runs][1:]
+        prefill, _, _, first = map(statistics.median, zip(*prefill, strict=True))
+        _, decode, steps, _ = map(statistics.median, zip(*decode, strict=True))
+        rate = model.nbytes * steps
+        print(f"| {batch_size} | {prefill:.0f} | {first:.2f} | {decode:.1f} | {rate / 1e9:.1f} | {rate / limit:.0%} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

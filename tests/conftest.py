@@ -1,0 +1,18 @@
+"""What several test files need."""
+
+import os
+
+# Before transformers is imported anywhere: the reference models are local, and no test may wait for the hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+
+from generate import DEFAULT_CHECKPOINT  # noqa: E402
+from scripts.download import fetch_default  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def default_checkpoint():
+    """The directory of the default model, fetched when it is not there yet."""
+    fetch_default(DEFAULT_CHECKPOINT)
+    return DEFAULT_CHECKPOINT
