@@ -263,7 +263,6 @@ def test_config_defaults(config_json):
     config = ModelConfig.from_file(path)
     assert (config.head_dim, config.n_kv_heads, config.rope["rope_theta"]) == (10, 6, 77.0)
     assert not config.tied and config.windows == (None, None, None)
-    assert ModelConfig.from_file(config_json(eos_token_id=None)).eos_ids == ()
 
 
 SHARED_KEYS = [k for k in SHAPE if k not in ("num_key_value_heads", "rms_norm_eps", "rope_parameters")]
