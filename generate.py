@@ -43,8 +43,8 @@ def noise_key(seed: int, sample: int) -> list[int]:
 def gumbel(key_B2: Tensor, pos_B: Tensor, ids_BK: Tensor) -> Tensor:
     """Gumbel noise [B, K], fp32: a pure function of (key, absolute position, vocabulary id), no state, no rows.
     u = (hi + lo 2^-32) 2^-32 keeps its resolution near zero, where the large values come from."""
-    a, b = mix(key_B2 ^ mix(pos_B)[:, None]).split(1, dim=1)
-    hi, lo = mix(a ^ mix(ids_BK ^ b)).float(), mix(b ^ mix(ids_BK ^ a)).float()
+    keys = mix(key_B2 ^ mix(pos_B)[:, None]).T[:, :, None]
+    hi, lo = mix(keys ^ mix(ids_BK ^ keys.flip(0))).float()
     return -torch.log(-torch.log1p(-(hi * 2**-32 + (lo + 0.5) * 2**-64).clamp(max=1 - 2**-24)))
 
 
@@ -91,6 +91,7 @@ class Sampler:
         self.top_p_B = torch.tensor([r.top_p for r in rows], device=device, dtype=torch.float64)
         self.key_B2 = torch.tensor([noise_key(r.seed, r.sample) for r in rows], device=device)
         self.k = max(1 if r.temperature == 0 else r.top_k for r in rows)
+        self.nucleus = any(r.top_p < 1 for r in rows)
 
     def __call__(self, logits_BV: Tensor, pos_B: Tensor) -> Tensor:
         """Tokens [B] for absolute positions `pos_B` from fp32 logits: the argmax of logits / temperature + Gumbel
@@ -101,9 +102,10 @@ class Sampler:
         temperature, top_p = self.temperature_B[:, None], self.top_p_B[:, None]
         scaled = (values - values[:, :1]) / torch.where(temperature == 0, 1.0, temperature)
         keep = torch.arange(ids.shape[1], device=ids.device) < self.top_k_B[:, None]
-        weight = (scaled.exp() * keep * 2.0**40).long()  # fixed point: integers add up alike in any order
-        upto = weight.cumsum(-1)
-        keep = keep & ((upto - weight < top_p * upto[:, -1:]) | (top_p == 1))
+        if self.nucleus:
+            weight = (scaled.exp() * keep * 2.0**40).long()  # fixed point: integers add up alike in any order
+            upto = weight.cumsum(-1)
+            keep = keep & ((upto - weight < top_p * upto[:, -1:]) | (top_p == 1))
         score = torch.where(keep, scaled + gumbel(self.key_B2, pos_B, ids), float("-inf"))
         drawn = torch.where(score == score.amax(-1, keepdim=True), ids, logits_BV.shape[-1]).amin(-1)
         return torch.where(self.temperature_B == 0, ids[:, 0], drawn)
