@@ -403,10 +403,9 @@ def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> N
 
 
 def warm_up(model: Transformer, batch_size: int, length: int) -> None:
-    """Run each graph before the clock: a prompt that ends one key block and text that begins the next."""
-    n = min(model.ops.key_block, length) - 1
+    """Run each graph before the clock: a few short prompts, as many tokens as CUDA graphs need to be recorded."""
     engine = Engine(model, Tokenizer(None), batch_size, length)
-    list(engine.generate([Request(0, "", [0] * n, max_new_tokens=4)] * batch_size))
+    list(engine.generate([Request(0, "", [0, 0], max_new_tokens=4)] * batch_size))
 
 
 def read_prompts(name: str) -> list[dict]:

@@ -5,6 +5,7 @@ signature, (b, h, q_idx, kv_idx) -> bool tensor, over absolute positions. Shapes
 G KV heads, D head_dim, L cached positions, N x K a weight."""
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class Packed:
     trace through those, so a graph names a weight by an integer; the table forgets it when its layer dies."""
 
     table: dict[int, "Packed"] = weakref.WeakValueDictionary()
+    handles = itertools.count()  # alike in every run, so that compiled graphs are found in Inductor's cache
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         self.weight, self.bias, self.out_features, self.blocked = weight, bias, len(weight), False
@@ -67,7 +69,7 @@ class Packed:
         if weight.device.type == "cpu":
             with contextlib.suppress(RuntimeError):  # a dtype or a CPU that oneDNN does not take
                 self.weight, self.blocked = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1), True
-        self.handle = id(self)
+        self.handle = next(self.handles)
         self.table[self.handle] = self
 
 
@@ -94,6 +96,7 @@ def dense_mask(mask_mod: Callable, pos_BT: Tensor, span: int, n_heads: int, dtyp
     b, h, keys = (torch.arange(n, device=pos_BT.device) for n in (pos_BT.shape[0], n_heads, span))
     keep = mask_mod(b[:, None, None, None], h[:, None, None], pos_BT[:, None, :, None], keys)
     bias = torch.zeros(keep.shape, device=pos_BT.device, dtype=dtype).masked_fill_(~keep, float("-inf"))
+    torch._dynamo.maybe_mark_dynamic(bias, 3)  # the span grows with the text: one graph for all
     return bias, (keep.flatten(0, 1).any(0) * (keys + 1)).amax(-1)
 
 
