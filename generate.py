@@ -507,7 +507,11 @@ def converse(engine: Engine, args: argparse.Namespace) -> None:
             turn, answer = [{"role": "user", "content": line}], ""
             with contextlib.suppress(KeyboardInterrupt):
                 ids = engine.tokenizer.encode_chat(history + turn)
-                request = make_request(args, engine.model.config, {"id": "conversation", "prompt": line}, ids)
+                try:
+                    request = make_request(args, engine.model.config, {"id": "conversation", "prompt": line}, ids)
+                except InputError as e:  # no reason to lose the conversation
+                    say(f"{e}: /clear starts over")
+                    continue
                 for _, text in engine.generate([request]):
                     answer += text
                     print(text, end="", flush=True)
@@ -544,7 +548,10 @@ def main(argv: list[str] | None = None) -> None:
     requests = [] if args.interactive else make_requests(args, model.config, tokenizer)
     done = resume(args.output) if args.output else set()
     requests = [r for r in requests if (r.id, r.sample) not in done]
-    longest = max((len(r.prompt_ids) + r.max_new_tokens for r in requests), default=model.config.context)
+    longest = max(
+        (len(r.prompt_ids) + r.max_new_tokens for r in requests),
+        default=model.config.context if args.interactive else 1,
+    )
     set_up(model, args.compile, args.compile_prefill)
     start = time.perf_counter()
     if args.compile or args.compile_prefill:

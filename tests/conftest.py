@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
 from generate import DEFAULT_CHECKPOINT  # noqa: E402
 from scripts.download import fetch_default  # noqa: E402
@@ -16,3 +17,13 @@ def default_checkpoint():
     """The directory of the default model, fetched when it is not there yet."""
     fetch_default(DEFAULT_CHECKPOINT)
     return DEFAULT_CHECKPOINT
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """Tiny products gain nothing from a second thread, and wait long for it where the machine is shared."""
+    threads = torch.get_num_threads()
+    if "default_checkpoint" not in request.fixturenames:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -28,15 +28,6 @@ STATS += ["new_tokens", "model_bytes", "bandwidth_gb_s", "accept_counts", "peak_
 QUICK = ["--max_new_tokens", "4", "--precision", "fp32"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Layers this small gain nothing from threads, and lose much where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The path of a tiny checkpoint, as text."""
@@ -741,10 +732,14 @@ def test_interactive_interrupted(talk, monkeypatch):
 
 
 def test_interactive_long(tiny):
-    """A conversation that outgrows the context ends in words, not in a traceback."""
+    """A conversation that outgrows the context says so and waits for /clear, after which it answers again."""
     lines = "the quick brown fox jumps over the lazy dog again and again\n" * 40
-    done = command("--checkpoint_path", tiny, "--interactive", "--max_new_tokens", 20, input=lines)
-    assert "Traceback" not in done.stderr and "context" in done.stderr
+    done = command(
+        "--checkpoint_path", tiny, "--interactive", "--max_new_tokens", 20, input=lines + "/clear\nthe dog\n"
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert "context" in done.stderr and "/clear starts over" in done.stderr
+    assert len(done.stdout.rstrip("\n").split("\n")) == 41 - done.stderr.count("/clear starts over")
 
 
 # ---- the front door

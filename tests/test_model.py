@@ -80,16 +80,6 @@ FAMILIES = {  # classes, what differs from SHAPE, and what config.json says diff
 ROWS, LENGTH = 4, 150  # three key blocks, and three times what llama-3.1 above was trained on
 
 
-@pytest.fixture(autouse=True)
-def one_thread(request):
-    """Tiny products gain nothing from a second thread, and wait long for it where the machine is shared."""
-    threads = torch.get_num_threads()
-    if "default_checkpoint" not in request.fixturenames:
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def old_spelling(raw):
     """config.json as transformers 4 wrote it."""
     rope = dict(raw.pop("rope_parameters"))
