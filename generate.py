@@ -3,21 +3,26 @@
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import json
 import math
+import os
 import re
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
 from kernels import FAST
 from model import InputError, ModelConfig, Transformer, load_checkpoint, randomize, read_json, refuse
+from scripts import bench, download
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "SmolLM2-135M-Instruct"
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -77,21 +82,21 @@ class Request:
     top_k: int = 200
     top_p: float = 1.0
     seed: int = 1234
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     ignore_eos: bool = False
 
 
 class Sampler:
-    """Draws a token for each row of a batch by that row's own request; an idle row, None, takes its argmax."""
+    """Draws a token for each row of a batch by that row's own request; None is an idle row."""
 
     def __init__(self, requests: list[Request | None], device: torch.device):
-        rows = [request or Request(0, "", [], temperature=0.0) for request in requests]
-        self.temperature_B = torch.tensor([r.temperature for r in rows], device=device)
-        self.top_k_B = torch.tensor([r.top_k for r in rows], device=device)
-        self.top_p_B = torch.tensor([r.top_p for r in rows], device=device, dtype=torch.float64)
+        likeliest = Request(0, "", [], temperature=1.0, top_k=1)  # what temperature 0 means
+        rows = [request if request and request.temperature else likeliest for request in requests]
+        self.temperature_B1 = torch.tensor([[r.temperature] for r in rows], device=device)
+        self.top_k_B1 = torch.tensor([[r.top_k] for r in rows], device=device)
+        self.top_p_B1 = torch.tensor([[r.top_p] for r in rows], device=device, dtype=torch.float64)
         self.key_B2 = torch.tensor([noise_key(r.seed, r.sample) for r in rows], device=device)
-        self.k = max(1 if r.temperature == 0 else r.top_k for r in rows)
-        self.nucleus = any(r.top_p < 1 for r in rows)
+        self.k, self.nucleus = max(r.top_k for r in rows), any(r.top_p < 1 for r in rows)
 
     def __call__(self, logits_BV: Tensor, pos_B: Tensor) -> Tensor:
         """Tokens [B] for absolute positions `pos_B` from fp32 logits: the argmax of logits / temperature + Gumbel
@@ -99,16 +104,14 @@ class Sampler:
         values, ids = top(logits_BV, self.k)
         if self.k == 1:
             return ids[:, 0]
-        temperature, top_p = self.temperature_B[:, None], self.top_p_B[:, None]
-        scaled = (values - values[:, :1]) / torch.where(temperature == 0, 1.0, temperature)
-        keep = torch.arange(ids.shape[1], device=ids.device) < self.top_k_B[:, None]
+        scaled = (values - values[:, :1]) / self.temperature_B1
+        keep = torch.arange(ids.shape[1], device=ids.device) < self.top_k_B1
         if self.nucleus:
             weight = (scaled.exp() * keep * 2.0**40).long()  # fixed point: integers add up alike in any order
             upto = weight.cumsum(-1)
-            keep = keep & ((upto - weight < top_p * upto[:, -1:]) | (top_p == 1))
+            keep = keep & ((upto - weight < self.top_p_B1 * upto[:, -1:]) | (self.top_p_B1 == 1))
         score = torch.where(keep, scaled + gumbel(self.key_B2, pos_B, ids), float("-inf"))
-        drawn = torch.where(score == score.amax(-1, keepdim=True), ids, logits_BV.shape[-1]).amin(-1)
-        return torch.where(self.temperature_B == 0, ids[:, 0], drawn)
+        return torch.where(score == score.amax(-1, keepdim=True), ids, logits_BV.shape[-1]).amin(-1)
 
 
 class Tokenizer:
@@ -117,58 +120,52 @@ class Tokenizer:
 
     def __init__(self, directory: Path | None):
         if directory is None:
-            self.eos_ids, self.settings, self.template, self.decode = set(), {}, None, lambda ids: ""
+            self.eos_ids, self.decode = set(), lambda ids: ""
             self.encode = lambda text: refuse("random weights have no tokenizer: give --prompt a number of tokens")
             return
         self.settings = read_json(directory / "tokenizer_config.json", {})
-        configs = read_json(directory / "config.json", {}), read_json(directory / "generation_config.json", {})
-        eos = (configs[0] | configs[1]).get("eos_token_id")
+        config = read_json(directory / "config.json", {}) | read_json(directory / "generation_config.json", {})
+        eos = config.get("eos_token_id")
         self.eos_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
         jinja = directory / "chat_template.jinja"
         self.template = jinja.read_text() if jinja.exists() else self.settings.get("chat_template")
         if isinstance(self.template, list):
             self.template = {t["name"]: t["template"] for t in self.template}.get("default")
         try:
-            if (directory / "tokenizer.json").exists():
-                self._use_tokenizers(str(directory / "tokenizer.json"))
-            else:
-                self._use_sentencepiece(str(directory / "tokenizer.model"))
+            file = directory / "tokenizer.json"
+            use = self._use_tokenizers if file.exists() else self._use_sentencepiece
+            self.encode, decode = use(str(file if file.exists() else file.with_suffix(".model")))
+            lead = self.encode("a", bos=False)  # decoders may drop the space before the first word: another goes first
+            known = len(decode(lead))
         except Exception as e:  # the libraries raise plain Exception for a broken file
             raise InputError(f"{directory}: expected a readable tokenizer.json or tokenizer.model: {e}") from e
+        self.decode = lambda ids: decode(lead + ids)[known:]
 
-    def _use_tokenizers(self, path: str) -> None:
+    def _use_tokenizers(self, path: str) -> tuple[Callable, Callable]:
         from tokenizers import Tokenizer as HFTokenizer
 
         tokenizer = HFTokenizer.from_file(path)
-        self.encode = lambda text, bos=True: tokenizer.encode(text, add_special_tokens=bos).ids
-        lead = self.encode("a", bos=False)  # some decoders drop the space before the first word, so another goes first
-        known = len(tokenizer.decode(lead))
-        self.decode = lambda ids: tokenizer.decode(lead + ids, skip_special_tokens=True)[known:]
+        return lambda text, bos=True: tokenizer.encode(text, add_special_tokens=bos).ids, tokenizer.decode
 
-    def _use_sentencepiece(self, path: str) -> None:
+    def _use_sentencepiece(self, path: str) -> tuple[Callable, Callable]:
         from sentencepiece import SentencePieceProcessor
 
         sp = SentencePieceProcessor(model_file=path)
+        size, bos_id = sp.get_piece_size(), sp.bos_id()
         special = {t["content"]: int(i) for i, t in self.settings.get("added_tokens_decoder", {}).items()}
-        special |= {sp.id_to_piece(i): i for i in range(sp.get_piece_size()) if sp.is_control(i)}
-        marks = re.compile("(" + "|".join(re.escape(mark) for mark in sorted(special, key=len, reverse=True)) + ")")
-        first = [sp.bos_id()] if self.settings.get("add_bos_token", True) and sp.bos_id() >= 0 else []
-        lead = sp.encode("a")  # sentencepiece drops the space before the first word, so another goes first
+        special |= {sp.id_to_piece(i): i for i in range(size) if sp.is_control(i)}
+        marks = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+        first = [bos_id] if self.settings.get("add_bos_token", True) and bos_id >= 0 else []
 
         def encode(text: str, bos: bool = True) -> list[int]:
             if bos:  # a plain prompt: what looks like a special token is text
                 return first + sp.encode(text)
-            pieces = [piece for piece in marks.split(text) if piece]
-            return [i for piece in pieces for i in ([special[piece]] if piece in special else sp.encode(piece))]
+            return [i for part in marks.split(text) for i in ([special[part]] if part in special else sp.encode(part))]
 
-        self.encode = encode
-        self.decode = lambda ids: sp.decode(lead + [i for i in ids if i < sp.get_piece_size()])[len(sp.decode(lead)) :]
+        return encode, lambda ids: sp.decode([i for i in ids if i < size])
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation, ready for the next answer, by the checkpoint's template: untrusted code, sandboxed."""
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         env.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
         tokens = {n: self.settings.get(n) or "" for n in ("bos_token", "eos_token", "unk_token", "pad_token")}
@@ -181,46 +178,45 @@ class Tokenizer:
         return self.encode(text, bos=False)
 
 
-class TextStream:
-    """Turns tokens into text as they come: no half characters, nothing of a stop string."""
-
-    def __init__(self, decode: Callable, stops: tuple[str, ...]):
-        self.decode, self.stops, self.stopped = decode, stops, False
-        self.ids, self.base, self.read, self.text, self.shown = [], 0, 0, "", 0
-
-    def push(self, token: int | None) -> str:
-        """Add a token, None for the end; returns the text that became certain."""
-        self.ids += [] if token is None else [token]
-        # A short window is enough: what a token adds depends on its neighbours only.
-        before, now = self.decode(self.ids[self.base : self.read]), self.decode(self.ids[self.base :])
-        if token is None or not now.endswith("\ufffd"):
-            self.text += now[len(before) :]
-            self.base, self.read = self.read, len(self.ids)
-        if cuts := [i for stop in self.stops if (i := self.text.find(stop, self.shown)) >= 0]:
-            self.text, self.stopped = self.text[: min(cuts)], True
-        starts = [s[:n] for s in self.stops for n in range(1, len(s))] if token is not None and not self.stopped else []
-        held = max((len(start) for start in starts if self.text.endswith(start, self.shown)), default=0)
-        new = self.text[self.shown : len(self.text) - held]
-        self.shown += len(new)
-        return new
-
-
-@dataclass
 class Completion:
     """A request and what came of it so far; `finish_reason` is None while it runs."""
 
-    request: Request
-    stream: TextStream
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str | None = None
+    def __init__(self, request: Request, tokenizer: Tokenizer):
+        self.request, self.tokenizer, self.tokens, self.logprobs = request, tokenizer, [], []
+        self.length = len(request.prompt_ids)  # of the prompt and the tokens
+        self.finish_reason = None if request.max_new_tokens else "length"  # the prompt fills the context
+        self.text, self.shown = "", 0  # `shown` characters of it have been returned
+        self.base, self.read = 0, 0  # the text ends with that of tokens[base:read]
+
+    def push(self, token: int, logprob: float) -> str:
+        """Add a drawn token; returns the text that became certain: no half characters, nothing of a stop string."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.length += 1
+        if token in self.tokenizer.eos_ids and not self.request.ignore_eos:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self.request.max_new_tokens:
+            self.finish_reason = "length"
+        # A short window is enough: what a token adds depends on its neighbours only.
+        before, now = (self.tokenizer.decode(self.tokens[self.base : end]) for end in (self.read, None))
+        if self.finish_reason or not now.endswith("\ufffd"):
+            self.text += now[len(before) :]
+            self.base, self.read = self.read, len(self.tokens)
+        ends = [i for stop in self.request.stop if (i := self.text.find(stop, self.shown)) >= 0]
+        if ends:
+            self.text, self.finish_reason = self.text[: min(ends)], "stop"
+        elif not self.finish_reason:  # what may become a stop string is held back
+            starts = [stop[:n] for stop in self.request.stop for n in range(1, len(stop))]
+            ends = [len(self.text) - len(start) for start in starts if self.text.endswith(start, self.shown)]
+        certain = min(ends, default=len(self.text))
+        new, self.shown = self.text[self.shown : certain], certain
+        return new
 
     def json(self) -> str:
         r = self.request
-        line = {"id": r.id, "sample": r.sample, "prompt": r.prompt, "prompt_ids": r.prompt_ids}
-        line |= {"text": self.stream.text, "tokens": self.tokens, "logprobs": self.logprobs}
-        line |= {"finish_reason": self.finish_reason, "prompt_tokens": len(r.prompt_ids), "seed": r.seed}
-        return json.dumps(line, ensure_ascii=False)
+        line = {"id": r.id, "sample": r.sample, "prompt": r.prompt, "prompt_ids": r.prompt_ids, "text": self.text}
+        line |= {"tokens": self.tokens, "logprobs": self.logprobs, "finish_reason": self.finish_reason}
+        return json.dumps(line | {"prompt_tokens": len(r.prompt_ids), "seed": r.seed}, ensure_ascii=False)
 
 
 class Engine:
@@ -232,122 +228,98 @@ class Engine:
         self.tokens, self.seconds = {"prefill": 0, "decode": 0, "new": 0}, {"prefill": 0.0, "decode": 0.0}
         self.steps, self.first_token_s = 0, 0.0
 
-    def _prefill(self, ids: list[int], slot: int) -> tuple[Tensor, Tensor]:
-        """Leave a prompt's keys and values in a slot; fp32 logits [1, V], and the position [1] they are for."""
-        cache, chunk, device = self.cache.row(slot), self.prefill_chunk or len(ids), self.model.device
-        tokens, pos = torch.tensor([ids], device=device), torch.arange(len(ids) + 1, device=device)[None]
-        for i in range(0, len(ids), chunk):
-            end = min(i + chunk, len(ids))
-            logits = self.model(tokens[:, i:end], pos[:, i:end], cache, end, last=True)
-        return logits[:, -1], pos[:, -1]
+    def _feed(self, tokens: list[list[int]], starts: list[int], slot: int | None = None) -> Tensor:
+        """Feed every slot, or just one, its tokens from its start on; fp32 logits [B, V] after the last of them."""
+        T, device = len(tokens[0]), self.model.device
+        tokens_BT = torch.tensor(tokens, device=device)
+        pos_BT = torch.tensor([range(start, start + T) for start in starts], device=device)
+        cache = self.cache if slot is None else self.cache.row(slot)
+        return self.model(tokens_BT, pos_BT, cache, max(starts) + T, last=True, decode=slot is None)[:, -1]
 
-    def _decode(self, slots: list[Completion | None]) -> tuple[Tensor, Tensor]:
-        """Feed each slot its last token; fp32 logits [B, V], and the positions [B] they are for. An idle slot computes
-        at position 0, which its next prompt overwrites."""
-        tokens = torch.tensor([[c.tokens[-1] if c else 0] for c in slots], device=self.model.device)
-        pos = [len(c.request.prompt_ids) + len(c.tokens) - 1 if c else 0 for c in slots]
-        pos_B = torch.tensor(pos, device=self.model.device)
-        self.steps += 1
-        return self.model(tokens, pos_B[:, None], self.cache, max(pos) + 1, decode=True)[:, -1], pos_B + 1
-
-    def _draw(self, sampler: Sampler, logits_BV: Tensor, pos_B: Tensor) -> list[tuple[int, float]]:
+    def _draw(self, batch: list[Completion | None], sampler: Sampler, logits_BV: Tensor) -> list[tuple]:
+        """(completion, its next token, the token's logprob) for each row at work."""
+        pos_B = torch.tensor([c.length if c else 0 for c in batch], device=self.model.device)
         tokens_B = sampler(logits_BV, pos_B)
         logprobs_B = self.model.ops.log_softmax(logits_BV).gather(-1, tokens_B[:, None])[:, 0]
-        return list(zip(tokens_B.tolist(), logprobs_B.tolist(), strict=True))
-
-    def _push(self, completion: Completion, token: int, logprob: float) -> str:
-        """Add a drawn token to a completion, finish it where it ends; returns the new text."""
-        request, stream = completion.request, completion.stream
-        completion.tokens.append(token)
-        completion.logprobs.append(logprob)
-        self.tokens["new"] += 1
-        text = stream.push(token)
-        if stream.stopped or (token in self.tokenizer.eos_ids and not request.ignore_eos):
-            completion.finish_reason = "stop"
-        elif len(completion.tokens) >= request.max_new_tokens:
-            completion.finish_reason = "length"
-        return text + stream.push(None) if completion.finish_reason and not stream.stopped else text
+        return [row for row in zip(batch, tokens_B.tolist(), logprobs_B.tolist(), strict=True) if row[0]]
 
     @torch.inference_mode()
     def generate(self, requests: list[Request]) -> Iterator[tuple[Completion, str]]:
         """Yield (completion, new text) for each token as it is made; a finished slot takes the next request at once."""
         queue, slots, began = list(requests)[::-1], [None] * self.batch_size, time.perf_counter()
         while queue or any(slots):
-            start, free = time.perf_counter(), slots.index(None) if None in slots else None
-            if queue and free is not None:
-                request, phase, rows, sampler = queue.pop(), "prefill", [free], None
-                slots[free] = Completion(request, TextStream(self.tokenizer.decode, request.stop))
-                if request.max_new_tokens == 0:  # the prompt fills the context
-                    slots[free].finish_reason = "length"
-                    yield slots[free], ""
-                    slots[free] = None
+            start = time.perf_counter()
+            if queue and None in slots:
+                slot, completion = slots.index(None), Completion(queue.pop(), self.tokenizer)
+                if completion.finish_reason:
+                    yield completion, ""
                     continue
-                prefilled = self._prefill(request.prompt_ids, free)
-                drawn = self._draw(Sampler([request], self.model.device), *prefilled)
-                self.first_token_s = self.first_token_s or time.perf_counter() - began
+                slots[slot], batch, ids, phase = completion, [completion], completion.request.prompt_ids, "prefill"
+                sampler, chunk = Sampler([completion.request], self.model.device), self.prefill_chunk or len(ids)
+                for i in range(0, len(ids), chunk):
+                    logits_BV = self._feed([ids[i : i + chunk]], [i], slot)
             else:
-                phase, rows = "decode", [b for b, completion in enumerate(slots) if completion]
-                sampler = sampler or Sampler([c and c.request for c in slots], self.model.device)
-                drawn = self._draw(sampler, *self._decode(slots))
-                drawn = [drawn[b] for b in rows]
-            self.tokens[phase] += len(request.prompt_ids) if phase == "prefill" else len(rows)
-            self.seconds[phase] += time.perf_counter() - start
-            for b, (token, logprob) in zip(rows, drawn, strict=True):
-                text = self._push(slots[b], token, logprob)
-                yield slots[b], text
-                slots[b] = None if slots[b].finish_reason else slots[b]
+                if phase == "prefill":  # since the last step a slot has changed hands
+                    sampler = Sampler([c and c.request for c in slots], self.model.device)
+                batch, phase = slots, "decode"
+                # An idle slot computes at position 0, which its next prompt overwrites.
+                last, starts = [[c.tokens[-1] if c else 0] for c in slots], [c.length - 1 if c else 0 for c in slots]
+                logits_BV = self._feed(last, starts)
+                self.steps += 1
+            drawn, now = self._draw(batch, sampler, logits_BV), time.perf_counter()
+            self.first_token_s = self.first_token_s or now - began
+            self.seconds[phase] += now - start
+            self.tokens[phase] += len(ids) if phase == "prefill" else len(drawn)
+            self.tokens["new"] += len(drawn)
+            for completion, token, logprob in drawn:
+                yield completion, completion.push(token, logprob)
+            slots = [None if c and c.finish_reason else c for c in slots]
 
 
 def say(*words, **options) -> None:
     print(*words, file=sys.stderr, flush=True, **options)
 
 
-def number(low: float, kind: type = int, high: float = 2**62) -> Callable:
-    """An argparse type: a number in [low, high]."""
-
-    def parse(text: str):
-        if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range, expected {low} to {high:g}")
-        return value
-
-    parse.__name__ = "number"  # argparse names it where the text is none
-    return parse
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line; raises InputError for values out of range and flags that exclude each other."""
     p = argparse.ArgumentParser(description="Text from an open-weight language model.")
     p.error = refuse
-    add, count, d = p.add_argument, {"type": number(1), "metavar": "N"}, Request(0, "", [])
+    add, count, d = p.add_argument, {"type": int, "metavar": "N"}, Request(0, "", [])
     add("--checkpoint_path", type=Path, metavar="DIR", help=f"Hugging Face directory ({DEFAULT_CHECKPOINT.name})")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1 (%(default)s)")
     add("--precision", choices=PRECISIONS, default="bf16", help="of weights and cache (%(default)s)")
     add("--random_weights", type=Path, metavar="CONFIG.json", help="a model of that shape, for benchmarks")
     add("--prompt", action="append", metavar="TEXT", help="repeatable; an integer means so many random tokens")
-    add("--prompts_file", metavar="FILE", help=".jsonl of prompt, id, seed, max_new_tokens, or one a line; - is stdin")
+    add("--prompts_file", type=Path, metavar="FILE", help=".jsonl (prompt, id, seed, max_new_tokens) or text; - is stdin")
     add("--chat", action="store_true", help="apply the checkpoint's chat template")
     add("--system", metavar="TEXT", help="system prompt of a chat")
     add("--interactive", action="store_true", help="a conversation in the terminal: /clear, /exit")
     add("--max_new_tokens", **count, default=d.max_new_tokens, help="of each completion (%(default)s)")
-    add("--temperature", type=number(0, float), default=d.temperature, help="0: the likeliest token (%(default)s)")
+    add("--temperature", type=float, default=d.temperature, help="0: the likeliest token (%(default)s)")
     add("--top_k", **count, default=d.top_k, help="draw from the N likeliest (%(default)s)")
-    add("--top_p", type=number(0, float, 1), default=d.top_p, help="draw from the likeliest of this sum (%(default)s)")
-    add("--seed", type=int, default=d.seed, metavar="N", help="of the noise (%(default)s)")
+    add("--top_p", type=float, default=d.top_p, help="draw from the likeliest of this sum (%(default)s)")
+    add("--seed", **count, default=d.seed, help="of the noise (%(default)s)")
     add("--num_samples", **count, default=1, help="completions of each prompt (%(default)s)")
     add("--stop", action="append", default=[], metavar="TEXT", help="end a completion there; repeatable")
     add("--ignore_eos", action="store_true", help="go on past the end token")
     add("--batch_size", **count, default=1, help="slots that prompts stream through (%(default)s)")
-    add("--prefill_chunk", type=number(0), default=0, metavar="N", help="feed prompts in chunks of N; 0: whole")
+    add("--prefill_chunk", **count, default=0, help="feed prompts in chunks of N; 0: whole")
     add("--compile", action="store_true", help="torch.compile decoding")
     add("--compile_prefill", action="store_true", help="torch.compile prefill")
     add("--profile", metavar="FILE", help="write a trace for chrome://tracing")
     add("--json", action="store_true", help="one JSON object a line")
     add("--output", type=Path, metavar="FILE", help="append those lines to FILE; a rerun skips what is there")
     args = p.parse_args(argv)
+    ranges = dict.fromkeys(("max_new_tokens", "top_k", "num_samples", "batch_size"), (1, 2**62))
+    ranges |= {"prefill_chunk": (0, 2**62), "temperature": (0, 2**62), "top_p": (0, 1)}
+    for flag, (low, high) in ranges.items():
+        if not low <= (value := getattr(args, flag)) <= high:
+            refuse(f"--{flag} {value} is out of range, expected {low} to {high:g}")
     excluded = [("random_weights", "checkpoint_path"), ("random_weights", "chat"), ("prompt", "prompts_file")]
-    excluded += [("interactive", f) for f in ("prompt", "prompts_file", "random_weights", "json", "output")]
-    if clash := [pair for pair in excluded if all(getattr(args, flag) for flag in pair)]:
-        refuse("--{} excludes --{}".format(*clash[0]))
+    excluded += [("interactive", flag) for flag in ("prompt", "prompts_file", "random_weights", "json", "output")]
+    for one, other in excluded:
+        if getattr(args, one) and getattr(args, other):
+            refuse(f"--{one} excludes --{other}")
     if args.system is not None and not (args.chat or args.interactive):
         refuse("--system needs --chat or --interactive")
     if args.top_p == 0 or "" in args.stop:
@@ -359,24 +331,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
     """The model and its tokenizer, from the flags; fetches the default checkpoint where it is missing."""
     try:
-        device = (probe := torch.zeros(1, device=args.device)).device
-        probe.item()
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as e:
         names = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
         raise InputError(f"--device {args.device} is not available, choose from {names}") from e
-    directory = args.checkpoint_path or DEFAULT_CHECKPOINT
-    if not args.random_weights and not args.checkpoint_path and not directory.exists():
-        from scripts import download
-
+    directory, shape = args.checkpoint_path or DEFAULT_CHECKPOINT, args.random_weights
+    if not (shape or args.checkpoint_path or directory.exists()):
         say(f"{directory} is missing, fetching it")
         try:
             download.fetch_default(directory)
         except (ValueError, ImportError) as e:
             raise InputError(f"the default checkpoint cannot be had: {e}") from e
-    config = ModelConfig.from_file(args.random_weights or directory / "config.json")
-    tokenizer = Tokenizer(None if args.random_weights else directory)
+    config, device = ModelConfig.from_file(shape or directory / "config.json"), torch.device(args.device)
+    tokenizer = Tokenizer(None if shape else directory)
     model, show = Transformer(config, FAST, device, PRECISIONS[args.precision]), sys.stderr.isatty()
-    if args.random_weights:
+    if shape:
         randomize(model)
     else:
         load_checkpoint(model, directory, lambda i, n: show and say(f"\rloading {i}/{n}", end="\r" if i < n else "\n"))
@@ -389,17 +358,17 @@ def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> N
         # glibc gives freed buffers back to the kernel and takes page faults for the next: a third of a prefill's time.
         libc.mallopt(-3, 64 << 20)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD
-    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}  # the model never changes
 
-    def own_stack() -> Callable:  # Dynamo keeps graphs by code object: with a copy, no model runs another's
-        stack = Transformer.stack
-        return types.MethodType(types.FunctionType(stack.__code__.replace(), stack.__globals__), model)
+    def compiled(dynamic: bool | None, **options) -> Callable:
+        # Dynamo keeps graphs by code object: with a copy, no model runs another's.
+        stack = types.FunctionType(Transformer.stack.__code__.replace(), Transformer.stack.__globals__)
+        options |= {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}  # the model never changes
+        return torch.compile(types.MethodType(stack, model), fullgraph=True, dynamic=dynamic, options=options)
 
     if compile_decode:
-        graphs = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
-        model.decode_stack = torch.compile(own_stack(), fullgraph=True, options=options | graphs)
+        model.decode_stack = compiled(None, **({"triton.cudagraphs": True} if model.device.type == "cuda" else {}))
     if compile_prefill:
-        model.prefill_stack = torch.compile(own_stack(), fullgraph=True, dynamic=True, options=options)
+        model.prefill_stack = compiled(True)
 
 
 def warm_up(model: Transformer, batch_size: int, length: int) -> None:
@@ -408,156 +377,136 @@ def warm_up(model: Transformer, batch_size: int, length: int) -> None:
     list(engine.generate([Request(0, "", [0, 0], max_new_tokens=4)] * batch_size))
 
 
-def read_prompts(name: str) -> list[dict]:
-    """The prompts of a file, as dicts with id and prompt and, where a line gives them, seed and max_new_tokens."""
+def read_prompts(args: argparse.Namespace) -> list[dict]:
+    """The prompts of the file or the flags, as dicts of id, prompt and what a line may set: seed, max_new_tokens."""
+    if not (path := args.prompts_file):
+        texts = args.prompt or ["128" if args.random_weights else "Hello, my name is"]
+        return [{"id": i, "prompt": text} for i, text in enumerate(texts)]
     try:
-        data = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
+        text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode()
     except (OSError, ValueError) as e:
-        raise InputError(f"--prompts_file {name} cannot be read: {e}") from e
-    is_json, prompts = name.endswith(".jsonl") or (name == "-" and data.lstrip().startswith('{"')), {}
-    for i, line in enumerate(data.split("\n"), start=1):
-        if not line.strip():
-            continue
+        raise InputError(f"--prompts_file {path} cannot be read: {e}") from e
+    is_json = path.suffix == ".jsonl" or (str(path) == "-" and text.lstrip().startswith('{"'))
+    kinds, prompts = {"id": (int, str), "prompt": (str,), "seed": (int,), "max_new_tokens": (int,)}, {}
+    for i, line in [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]:
         try:
-            entry = {"id": len(prompts)} | (json.loads(line) if is_json else {"prompt": line.removesuffix("\r")})
-            ints = [entry.get("seed", 0), entry.get("max_new_tokens", 1)]
-            if type(entry["prompt"]) is not str or [type(x) for x in ints] != [int, int] or ints[1] < 1:
-                raise ValueError("expected a text as prompt, integers as seed and max_new_tokens")
-            if not isinstance(entry["id"], str | int) or entry["id"] in prompts:
-                raise ValueError("expected an id of its own, a text or an integer")
+            given = {"id": len(prompts)} | (json.loads(line) if is_json else {"prompt": line.removesuffix("\r")})
+            entry = {"prompt": given["prompt"]} | {name: given[name] for name in kinds if name in given}
+            wrong = [name for name, value in entry.items() if type(value) not in kinds[name]]
+            if wrong or entry.get("max_new_tokens", 1) < 1 or entry["id"] in prompts:
+                raise ValueError("expected a text as prompt, an id of its own, integers as seed and max_new_tokens")
         except (ValueError, TypeError, KeyError) as e:
-            raise InputError(f"--prompts_file {name}, line {i}: {e}") from e
+            raise InputError(f"--prompts_file {path}, line {i}: {e}") from e
         prompts[entry["id"]] = entry
-    return list(prompts.values()) or refuse(f"--prompts_file {name} has no prompt")
+    return list(prompts.values()) or refuse(f"--prompts_file {path} has no prompt")
 
 
-def make_request(args: argparse.Namespace, config: ModelConfig, entry: dict, ids: list[int]) -> Request:
-    """Check an encoded prompt against the model and cut max_new_tokens to its context; raises InputError."""
-    room, wanted = config.context - len(ids), entry.get("max_new_tokens", args.max_new_tokens)
+def make_requests(args: argparse.Namespace, config: ModelConfig, entry: dict, ids: list[int]) -> list[Request]:
+    """The samples of a prompt, checked against the model, max_new_tokens cut to its context; raises InputError."""
+    room, fields = config.context - len(ids), {field.name for field in dataclasses.fields(Request)}
     if not ids or room < 0 or max(ids) >= config.vocab_size:
         expected = f"1 to {config.context} tokens (the model's context) with ids below {config.vocab_size}"
-        raise InputError(f"prompt {entry['id']} has {len(ids)} tokens, expected {expected}")
-    if wanted > room:
+        refuse(f"prompt {entry['id']} has {len(ids)} tokens, expected {expected}")
+    settings = {name: value for name, value in vars(args).items() if name in fields} | entry | {"prompt_ids": ids}
+    if settings["max_new_tokens"] > room:
         say(f"warning: prompt {entry['id']} meets the context of {config.context} after {room} new tokens")
-    fields = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "ignore_eos")}
-    fields |= {"seed": entry.get("seed", args.seed), "max_new_tokens": min(wanted, room), "stop": tuple(args.stop)}
-    return Request(entry["id"], entry["prompt"], ids, **fields)
+        settings["max_new_tokens"] = room
+    return [Request(sample=i, **settings) for i in range(args.num_samples)]
+
+
+def encode(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a prompt: random ones of a typed number, else by the chat template or the checkpoint's BOS rule."""
+    text.encode()  # raises UnicodeError for half a character, which no tokenizer takes
+    if not args.prompts_file and text.isascii() and text.isdigit():
+        generator, size = torch.Generator().manual_seed(args.seed & WORD), min(int(text[:18]), config.context + 1)
+        return torch.randint(config.vocab_size, (size,), generator=generator).tolist()
+    chat = args.opening + [{"role": "user", "content": text}]
+    return tokenizer.encode_chat(chat) if args.chat else tokenizer.encode(text)
 
 
 def resume(path: Path) -> set[tuple]:
     """(id, sample) of each completion in an --output file, whose torn last line, if it has one, is cut off."""
+    *lines, torn = (path.read_bytes() if path.exists() else b"").split(b"\n")
     try:
-        with path.open("a+b") as file:
-            file.seek(0)
-            *lines, torn = file.read().split(b"\n")
-            entries = [json.loads(line) for line in lines]
-            if torn[:7] != b'{"id": '[: len(torn)]:
-                raise ValueError
-            done = {(entry["id"], entry["sample"]) for entry in entries if "stats" not in entry}
-            file.truncate(sum(len(line) + 1 for line in lines))
-            return done
+        done = {(entry["id"], entry["sample"]) for entry in map(json.loads, lines) if "stats" not in entry}
+        if not b'{"id": '.startswith(torn[:7]):
+            raise ValueError
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(f"--output {path} holds something else than completions, which would be lost") from e
+    if torn:
+        os.truncate(path, path.stat().st_size - len(torn))
+    return done
 
 
 def report(engine: Engine, load_s: float, compile_s: float, as_json: bool) -> None:
     """The stats line, and the same for a person."""
-    from scripts.bench import peak_memory, read_bandwidth
-
-    size, device, new = engine.model.nbytes, engine.model.device, engine.tokens["new"]
-    decode, prefill = (engine.tokens[phase] / (engine.seconds[phase] or math.inf) for phase in ("decode", "prefill"))
-    rate, first = size * engine.steps / (engine.seconds["decode"] or math.inf), engine.first_token_s
+    size, device, first, new = engine.model.nbytes, engine.model.device, engine.first_token_s, engine.tokens["new"]
+    seconds = {phase: spent or math.inf for phase, spent in engine.seconds.items()}  # the speed of nothing is 0
+    decode, prefill = (engine.tokens[phase] / seconds[phase] for phase in ("decode", "prefill"))
+    rate, limit = size * engine.steps / seconds["decode"], bench.read_bandwidth(device)
     stats = {"decode_tokens_per_sec": decode, "prefill_tokens_per_sec": prefill, "time_to_first_token_s": first}
     stats |= {"load_s": load_s, "compile_s": compile_s, "new_tokens": new, "model_bytes": size}
-    stats |= {"bandwidth_gb_s": rate / 1e9, "accept_counts": [], "peak_memory_gb": peak_memory(device) / 1e9}
+    stats |= {"bandwidth_gb_s": rate / 1e9, "accept_counts": [], "peak_memory_gb": bench.peak_memory(device) / 1e9}
     if as_json:
         print(json.dumps({"stats": stats | {"deterministic": False}}), flush=True)
-    limit = read_bandwidth(device)
     say(f"{new} tokens: decode {decode:.1f} tokens/s, prefill {prefill:.0f} tokens/s, first token after {first:.2f} s")
-    share = f"{rate / limit:.0%} of the {limit / 1e9:.0f} GB/s that this machine reads"
-    say(
-        f"load {load_s:.1f} s, compile {compile_s:.1f} s, weights {size / 1e9:.2f} GB at {rate / 1e9:.1f} GB/s, {share}"
-    )
+    say(f"load {load_s:.1f} s, compile {compile_s:.1f} s, weights {size / 1e9:.2f} GB at {rate / 1e9:.1f} GB/s", end="")
+    say(f", {rate / limit:.0%} of the {limit / 1e9:.0f} GB/s that this machine reads")
 
 
 def run(engine: Engine, requests: list[Request], args: argparse.Namespace) -> None:
     """Generate, print as it comes, and append each completion to --output as it ends."""
-    with args.output.open("a", encoding="utf-8") if args.output else contextlib.nullcontext() as file:
+    streaming, end = engine.batch_size == 1 and not args.json, "\n\n"[: len(requests)]
+    with open(args.output or os.devnull, "a", encoding="utf-8") as file:
         for completion, text in engine.generate(requests):
-            lead = "" if args.chat else completion.request.prompt
-            if engine.batch_size == 1 and not args.json:
-                print(text if len(completion.tokens) > 1 else lead + text, end="", flush=True)
-            if completion.finish_reason and file:
-                file.write(completion.json() + "\n")
-                file.flush()
-            if completion.finish_reason and args.json:
-                print(completion.json(), flush=True)
-            elif completion.finish_reason:
-                print(lead + completion.stream.text if engine.batch_size > 1 else "", end="\n\n"[: len(requests)])
+            done, lead = completion.finish_reason, "" if args.chat else completion.request.prompt
+            if done:
+                print(completion.json(), file=file, flush=True)
+            if streaming:
+                print(text if len(completion.tokens) > 1 else lead + text, end=end if done else "", flush=True)
+            elif done:
+                print(completion.json() if args.json else lead + completion.text + end[1:], flush=True)
 
 
 def converse(engine: Engine, args: argparse.Namespace) -> None:
     """A conversation in the terminal; Ctrl-C stops an answer, /clear forgets, /exit or the end of input leaves."""
-    history = args.opening
+    history, config = args.opening, engine.model.config
     with contextlib.suppress(EOFError):
         while (line := input("> " if sys.stdin.isatty() else "").strip()) != "/exit":
             if line in ("", "/clear"):
                 history = history if not line else args.opening
                 continue
-            turn, answer = [{"role": "user", "content": line}], ""
+            turns, answer = history + [{"role": "user", "content": line}], ""
             with contextlib.suppress(KeyboardInterrupt):
-                ids = engine.tokenizer.encode_chat(history + turn)
-                try:
-                    request = make_request(args, engine.model.config, {"id": "conversation", "prompt": line}, ids)
-                except InputError as e:  # no reason to lose the conversation
-                    say(f"{e}: /clear starts over")
+                ids = engine.tokenizer.encode_chat(turns)
+                if len(ids) > config.context:  # no reason to lose the conversation
+                    say(f"{len(ids)} tokens are more than the context of {config.context}: /clear starts over")
                     continue
+                [request] = make_requests(args, config, {"id": "conversation", "prompt": line}, ids)
                 for _, text in engine.generate([request]):
                     answer += text
                     print(text, end="", flush=True)
             print(flush=True)
-            history = history + turn + [{"role": "assistant", "content": answer}]
-
-
-def make_requests(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer) -> list[Request]:
-    """The requests of the prompts on the command line or in the file; raises InputError."""
-    texts = args.prompt or ["128" if args.random_weights else "Hello, my name is"]
-    prompts = [{"id": i, "prompt": text, "size": text.isascii() and text.isdigit()} for i, text in enumerate(texts)]
-    requests = []
-    for entry in read_prompts(args.prompts_file) if args.prompts_file else prompts:
-        text = entry["prompt"]
-        text.encode()  # raises UnicodeError for half a character, which no tokenizer takes
-        if entry.get("size"):
-            generator = torch.Generator().manual_seed(args.seed & WORD)
-            size = min(int(text[:18]), config.context + 1)
-            ids = torch.randint(config.vocab_size, (size,), generator=generator).tolist()
-        elif args.chat:
-            ids = tokenizer.encode_chat(args.opening + [{"role": "user", "content": text}])
-        else:
-            ids = tokenizer.encode(text)
-        request = make_request(args, config, entry, ids)
-        requests += [replace(request, sample=i) for i in range(args.num_samples)]
-    return requests
+            history = turns + [{"role": "assistant", "content": answer}]
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    start = time.perf_counter()
+    args, start = parse_args(argv), time.perf_counter()
     model, tokenizer = load(args)
     load_s = time.perf_counter() - start
-    requests = [] if args.interactive else make_requests(args, model.config, tokenizer)
+    entries = [] if args.interactive else read_prompts(args)
+    encoded = [(entry, encode(args, model.config, tokenizer, entry["prompt"])) for entry in entries]
+    requests = [r for entry, ids in encoded for r in make_requests(args, model.config, entry, ids)]
     done = resume(args.output) if args.output else set()
     requests = [r for r in requests if (r.id, r.sample) not in done]
-    longest = max(
-        (len(r.prompt_ids) + r.max_new_tokens for r in requests),
-        default=model.config.context if args.interactive else 1,
-    )
+    ends = [model.config.context] if args.interactive else [len(r.prompt_ids) + r.max_new_tokens for r in requests]
+    length = max(ends, default=1)
     set_up(model, args.compile, args.compile_prefill)
     start = time.perf_counter()
     if args.compile or args.compile_prefill:
-        warm_up(model, args.batch_size, longest)
+        warm_up(model, args.batch_size, length)
     compile_s = time.perf_counter() - start
-    engine = Engine(model, tokenizer, args.batch_size, longest, args.prefill_chunk)
+    engine = Engine(model, tokenizer, args.batch_size, length, args.prefill_chunk)
     with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profile:
         converse(engine, args) if args.interactive else run(engine, requests, args)
     if profile:

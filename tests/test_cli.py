@@ -717,15 +717,15 @@ def test_interactive_clear(talk):
 
 def test_interactive_interrupted(talk, monkeypatch):
     """Ctrl-C stops an answer; what there was of it stays in the history, and the conversation goes on."""
-    push, seen = generate.TextStream.push, []
+    push, seen = generate.Completion.push, []
 
-    def interrupt(stream, token):
+    def interrupt(completion, token, logprob):
         seen.append(token)
         if len(seen) == 6:
             raise KeyboardInterrupt
-        return push(stream, token)
+        return push(completion, token, logprob)
 
-    monkeypatch.setattr(generate.TextStream, "push", interrupt)
+    monkeypatch.setattr(generate.Completion, "push", interrupt)
     fed, _ = talk(["the dog", "fox", "/exit"])
     assert len(fed) == 2 and fed[1].startswith(fed[0]) and fed[1].endswith("<|user|>fox<|end|><|assistant|>")
     assert len(seen) > 7

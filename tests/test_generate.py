@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import generate
-from generate import Engine, Request, Sampler, TextStream, Tokenizer
+from generate import Completion, Engine, Request, Sampler, Tokenizer
 from kernels import FAST
 from model import InputError, ModelConfig, Transformer, load_checkpoint
 
@@ -99,7 +99,7 @@ def complete(engine, requests):
         pieces[key] = pieces.get(key, "") + text
         if completion.finish_reason:
             done[key] = completion
-            assert pieces[key] == completion.stream.text
+            assert pieces[key] == completion.text
             assert len(completion.logprobs) == len(completion.tokens)
     assert len(done) == len(requests)
     return done
@@ -556,7 +556,7 @@ def say(tokenizer, script, **fields):
     engine = Engine(Scripted(script, 3), tokenizer, 1, 64)
     fields = {"max_new_tokens": len(script), "temperature": 0.0} | fields
     steps = list(engine.generate([Request(0, "", [9, 9, 9], **fields)]))
-    assert "".join(text for _, text in steps) == steps[-1][0].stream.text
+    assert "".join(text for _, text in steps) == steps[-1][0].text
     return steps[-1][0], [text for _, text in steps]
 
 
@@ -568,15 +568,15 @@ def test_stop_string_across_tokens(tiny):
     assert len(script) < 25, "tokens of several letters are needed here"
     for stop in ("k brown f", " f", "ox", "The", "g", "brown fox jumps over"):
         completion, pieces = say(tokenizer, script, stop=(stop,))
-        assert completion.stream.text == text[: text.find(stop)] and completion.finish_reason == "stop"
+        assert completion.text == text[: text.find(stop)] and completion.finish_reason == "stop"
         assert len(completion.tokens) == len(pieces) <= len(script)
         assert stop in tokenizer.decode(completion.tokens), "it ends with the token that completes the stop string"
         assert stop not in tokenizer.decode(completion.tokens[:-1])
     for stop in ("brown box", "dog!", "the quick"):  # begun, never completed: all of the text comes out
         completion, _ = say(tokenizer, script, stop=(stop,))
-        assert completion.stream.text == text and completion.finish_reason == "length"
+        assert completion.text == text and completion.finish_reason == "length"
     completion, _ = say(tokenizer, script, stop=("lazy", "jumps", "brown fax"))
-    assert completion.stream.text == text[: text.find("jumps")]
+    assert completion.text == text[: text.find("jumps")]
 
 
 def test_text_leaves_special_tokens_out(tiny):
@@ -584,9 +584,9 @@ def test_text_leaves_special_tokens_out(tiny):
     _, tokenizer = tiny
     script = [*tokenizer.encode("the dog"), SPECIAL.index("<|end|>")]
     completion, _ = say(tokenizer, script + [50], stop=("dogma",))
-    assert completion.stream.text == "the dog" and completion.tokens == script and completion.finish_reason == "stop"
+    assert completion.text == "the dog" and completion.tokens == script and completion.finish_reason == "stop"
     completion, _ = say(tokenizer, script + tokenizer.encode(" jumps"), ignore_eos=True)
-    assert completion.stream.text == "the dog jumps" and completion.finish_reason == "length"
+    assert completion.text == "the dog jumps" and completion.finish_reason == "length"
 
 
 def test_streamed_characters_are_whole(tiny):
@@ -596,9 +596,9 @@ def test_streamed_characters_are_whole(tiny):
     script = tokenizer.encode(text)
     assert len(script) > len(text), "the vocabulary must split them"
     completion, pieces = say(tokenizer, script)
-    assert completion.stream.text == text and not any("\ufffd" in piece for piece in pieces)
+    assert completion.text == text and not any("\ufffd" in piece for piece in pieces)
     cut, pieces = say(tokenizer, script, max_new_tokens=len(tokenizer.encode("né 你")) - 1)
-    assert cut.stream.text.rstrip("\ufffd ") == "né" and "\ufffd" not in "".join(pieces[:-1])
+    assert cut.text.rstrip("\ufffd ") == "né" and "\ufffd" not in "".join(pieces[:-1])
 
 
 @pytest.mark.parametrize("length,new", [(CONTEXT - 5, 5), (CONTEXT - 1, 1), (CONTEXT, 0)])
@@ -620,23 +620,27 @@ def test_full_context_among_others(tiny, alone):
     requests = [full[0], *mixed_requests(5), full[1], full[2]]
     done = complete(Engine(*tiny, 2, 128), requests)
     assert all(done[i, 0].tokens == alone[i, 0] for i in range(5))
-    assert all(done[r.id, 0].tokens == [] and done[r.id, 0].stream.text == "" for r in full)
+    assert all(done[r.id, 0].tokens == [] and done[r.id, 0].text == "" for r in full)
 
 
 # ---- text as it comes
 
 
+def stream(decode, n, stops=()):
+    """A completion of `n` tokens at most, without a model."""
+    return Completion(Request(0, "", [], max_new_tokens=n, stop=stops), SimpleNamespace(decode=decode, eos_ids=set()))
+
+
 def stream_all(decode, ids, stops=()):
     """Everything a stream gives for `ids`, and the pieces."""
-    stream, pieces = TextStream(decode, stops), []
+    completion, pieces = stream(decode, len(ids), stops), []
     for token in ids:
-        pieces.append(stream.push(token))
-        if stream.stopped:
+        pieces.append(completion.push(token, 0.0))
+        if completion.finish_reason:
             break
-    else:
-        pieces.append(stream.push(None))
-    assert "".join(pieces) == stream.text
-    return stream.text, pieces
+    assert completion.finish_reason == "stop" or completion.tokens == ids
+    assert "".join(pieces) == completion.text
+    return completion.text, pieces
 
 
 def test_stream_equals_decode(default_checkpoint):
@@ -668,18 +672,20 @@ def spell(ids):
 
 def test_stream_holds_back():
     """A begun stop string is held back, and released as soon as it cannot be one."""
-    stream = TextStream(spell, ("stop!", "end"))
-    assert [stream.push(ord(c)) for c in "a stoss"] == ["a", " ", "", "", "", "sto", "s"]
-    assert [stream.push(ord(c)) for c in "x"] == ["sx"]
-    assert [stream.push(ord(c)) for c in "een"] == ["", "e", ""]
-    assert stream.push(ord("d")) == "" and stream.stopped
-    assert stream.text == "a stossxe"
+    completion = stream(spell, 99, ("stop!", "end"))
+    push = lambda text: [completion.push(ord(c), 0.0) for c in text]
+    assert push("a stoss") == ["a", " ", "", "", "", "sto", "s"]
+    assert push("x") == ["sx"]
+    assert push("een") == ["", "e", ""] and completion.finish_reason is None
+    assert push("d") == [""] and completion.finish_reason == "stop"
+    assert completion.text == "a stossxe"
 
 
 def test_stream_end_releases():
-    stream = TextStream(spell, ("stop",))
-    assert "".join(stream.push(ord(c)) for c in "sto") == ""
-    assert stream.push(None) == "sto" and not stream.stopped
+    """The last token that there is room for brings out what was held back."""
+    completion = stream(spell, 3, ("stop",))
+    assert [completion.push(ord(c), 0.0) for c in "st"] == ["", ""] and completion.finish_reason is None
+    assert completion.push(ord("o"), 0.0) == "sto" and completion.finish_reason == "length"
 
 
 # ---- tokenizers and chat
