@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import json
 import math
 import os
@@ -12,7 +11,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -131,26 +130,25 @@ class Tokenizer:
         self.template = jinja.read_text() if jinja.exists() else self.settings.get("chat_template")
         if isinstance(self.template, list):
             self.template = {t["name"]: t["template"] for t in self.template}.get("default")
+        use = self._use_tokenizers if (directory / "tokenizer.json").exists() else self._use_sentencepiece
         try:
-            file = directory / "tokenizer.json"
-            use = self._use_tokenizers if file.exists() else self._use_sentencepiece
-            self.encode, decode = use(str(file if file.exists() else file.with_suffix(".model")))
+            self.encode, decode = use(directory)
             lead = self.encode("a", bos=False)  # decoders may drop the space before the first word: another goes first
             known = len(decode(lead))
         except Exception as e:  # the libraries raise plain Exception for a broken file
             raise InputError(f"{directory}: expected a readable tokenizer.json or tokenizer.model: {e}") from e
         self.decode = lambda ids: decode(lead + ids)[known:]
 
-    def _use_tokenizers(self, path: str) -> tuple[Callable, Callable]:
+    def _use_tokenizers(self, directory: Path) -> tuple[Callable, Callable]:
         from tokenizers import Tokenizer as HFTokenizer
 
-        tokenizer = HFTokenizer.from_file(path)
+        tokenizer = HFTokenizer.from_file(str(directory / "tokenizer.json"))
         return lambda text, bos=True: tokenizer.encode(text, add_special_tokens=bos).ids, tokenizer.decode
 
-    def _use_sentencepiece(self, path: str) -> tuple[Callable, Callable]:
+    def _use_sentencepiece(self, directory: Path) -> tuple[Callable, Callable]:
         from sentencepiece import SentencePieceProcessor
 
-        sp = SentencePieceProcessor(model_file=path)
+        sp = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
         size, bos_id = sp.get_piece_size(), sp.bos_id()
         special = {t["content"]: int(i) for i, t in self.settings.get("added_tokens_decoder", {}).items()}
         special |= {sp.id_to_piece(i): i for i in range(size) if sp.is_control(i)}
@@ -185,8 +183,8 @@ class Completion:
         self.request, self.tokenizer, self.tokens, self.logprobs = request, tokenizer, [], []
         self.length = len(request.prompt_ids)  # of the prompt and the tokens
         self.finish_reason = None if request.max_new_tokens else "length"  # the prompt fills the context
-        self.text, self.shown = "", 0  # `shown` characters of it have been returned
-        self.base, self.read = 0, 0  # the text ends with that of tokens[base:read]
+        # `shown` characters of the text have been returned, and it ends with the text of tokens[base:read].
+        self.text, self.shown, self.base, self.read = "", 0, 0, 0
 
     def push(self, token: int, logprob: float) -> str:
         """Add a drawn token; returns the text that became certain: no half characters, nothing of a stop string."""
@@ -223,17 +221,16 @@ class Engine:
     """A model, its tokenizer, and a cache of `batch_size` slots through which requests stream."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, batch_size: int, length: int, prefill_chunk: int = 0):
-        self.model, self.tokenizer, self.prefill_chunk = model, tokenizer, prefill_chunk
+        self.model, self.tokenizer, self.chunk = model, tokenizer, prefill_chunk or length
         self.batch_size, self.cache = batch_size, model.new_cache(batch_size, length)
         self.tokens, self.seconds = {"prefill": 0, "decode": 0, "new": 0}, {"prefill": 0.0, "decode": 0.0}
         self.steps, self.first_token_s = 0, 0.0
 
     def _feed(self, tokens: list[list[int]], starts: list[int], slot: int | None = None) -> Tensor:
         """Feed every slot, or just one, its tokens from its start on; fp32 logits [B, V] after the last of them."""
-        T, device = len(tokens[0]), self.model.device
-        tokens_BT = torch.tensor(tokens, device=device)
-        pos_BT = torch.tensor([range(start, start + T) for start in starts], device=device)
-        cache = self.cache if slot is None else self.cache.row(slot)
+        T, cache = len(tokens[0]), self.cache if slot is None else self.cache.row(slot)
+        tokens_BT = torch.tensor(tokens, device=self.model.device)
+        pos_BT = torch.tensor([range(start, start + T) for start in starts], device=self.model.device)
         return self.model(tokens_BT, pos_BT, cache, max(starts) + T, last=True, decode=slot is None)[:, -1]
 
     def _draw(self, batch: list[Completion | None], sampler: Sampler, logits_BV: Tensor) -> list[tuple]:
@@ -254,21 +251,20 @@ class Engine:
                 if completion.finish_reason:
                     yield completion, ""
                     continue
-                slots[slot], batch, ids, phase = completion, [completion], completion.request.prompt_ids, "prefill"
-                sampler, chunk = Sampler([completion.request], self.model.device), self.prefill_chunk or len(ids)
-                for i in range(0, len(ids), chunk):
-                    logits_BV = self._feed([ids[i : i + chunk]], [i], slot)
+                slots[slot], batch, ids = completion, [completion], completion.request.prompt_ids
+                phase, sampler = "prefill", Sampler([completion.request], self.model.device)
+                for i in range(0, len(ids), self.chunk):
+                    logits_BV = self._feed([ids[i : i + self.chunk]], [i], slot)
             else:
                 if phase == "prefill":  # since the last step a slot has changed hands
-                    sampler = Sampler([c and c.request for c in slots], self.model.device)
-                batch, phase = slots, "decode"
+                    phase, sampler = "decode", Sampler([c and c.request for c in slots], self.model.device)
                 # An idle slot computes at position 0, which its next prompt overwrites.
-                last, starts = [[c.tokens[-1] if c else 0] for c in slots], [c.length - 1 if c else 0 for c in slots]
-                logits_BV = self._feed(last, starts)
+                tokens, starts = zip(*[([c.tokens[-1]], c.length - 1) if c else ([0], 0) for c in slots], strict=True)
+                logits_BV, batch = self._feed(tokens, starts), slots
                 self.steps += 1
-            drawn, now = self._draw(batch, sampler, logits_BV), time.perf_counter()
-            self.first_token_s = self.first_token_s or now - began
-            self.seconds[phase] += now - start
+            drawn = self._draw(batch, sampler, logits_BV)
+            self.first_token_s = self.first_token_s or time.perf_counter() - began
+            self.seconds[phase] += time.perf_counter() - start
             self.tokens[phase] += len(ids) if phase == "prefill" else len(drawn)
             self.tokens["new"] += len(drawn)
             for completion, token, logprob in drawn:
@@ -290,7 +286,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", choices=PRECISIONS, default="bf16", help="of weights and cache (%(default)s)")
     add("--random_weights", type=Path, metavar="CONFIG.json", help="a model of that shape, for benchmarks")
     add("--prompt", action="append", metavar="TEXT", help="repeatable; an integer means so many random tokens")
-    add("--prompts_file", type=Path, metavar="FILE", help=".jsonl (prompt, id, seed, max_new_tokens) or text; - is stdin")
+    add("--prompts_file", type=Path, metavar="FILE", help=".jsonl (prompt, id, seed, max_new_tokens) or text; -: stdin")
     add("--chat", action="store_true", help="apply the checkpoint's chat template")
     add("--system", metavar="TEXT", help="system prompt of a chat")
     add("--interactive", action="store_true", help="a conversation in the terminal: /clear, /exit")
@@ -387,13 +383,13 @@ def read_prompts(args: argparse.Namespace) -> list[dict]:
     except (OSError, ValueError) as e:
         raise InputError(f"--prompts_file {path} cannot be read: {e}") from e
     is_json = path.suffix == ".jsonl" or (str(path) == "-" and text.lstrip().startswith('{"'))
-    kinds, prompts = {"id": (int, str), "prompt": (str,), "seed": (int,), "max_new_tokens": (int,)}, {}
+    kinds, prompts = {"prompt": [str], "id": [str, int], "seed": [int], "max_new_tokens": [int]}, {}
     for i, line in [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]:
         try:
             given = {"id": len(prompts)} | (json.loads(line) if is_json else {"prompt": line.removesuffix("\r")})
-            entry = {"prompt": given["prompt"]} | {name: given[name] for name in kinds if name in given}
-            wrong = [name for name, value in entry.items() if type(value) not in kinds[name]]
-            if wrong or entry.get("max_new_tokens", 1) < 1 or entry["id"] in prompts:
+            entry = {name: given[name] for name in kinds if name in given or name == "prompt"}
+            kind_is_wrong = any(type(value) not in kinds[name] for name, value in entry.items())
+            if kind_is_wrong or entry.get("max_new_tokens", 1) < 1 or entry["id"] in prompts:
                 raise ValueError("expected a text as prompt, an id of its own, integers as seed and max_new_tokens")
         except (ValueError, TypeError, KeyError) as e:
             raise InputError(f"--prompts_file {path}, line {i}: {e}") from e
@@ -401,27 +397,27 @@ def read_prompts(args: argparse.Namespace) -> list[dict]:
     return list(prompts.values()) or refuse(f"--prompts_file {path} has no prompt")
 
 
-def make_requests(args: argparse.Namespace, config: ModelConfig, entry: dict, ids: list[int]) -> list[Request]:
-    """The samples of a prompt, checked against the model, max_new_tokens cut to its context; raises InputError."""
-    room, fields = config.context - len(ids), {field.name for field in dataclasses.fields(Request)}
-    if not ids or room < 0 or max(ids) >= config.vocab_size:
-        expected = f"1 to {config.context} tokens (the model's context) with ids below {config.vocab_size}"
-        refuse(f"prompt {entry['id']} has {len(ids)} tokens, expected {expected}")
-    settings = {name: value for name, value in vars(args).items() if name in fields} | entry | {"prompt_ids": ids}
-    if settings["max_new_tokens"] > room:
-        say(f"warning: prompt {entry['id']} meets the context of {config.context} after {room} new tokens")
-        settings["max_new_tokens"] = room
-    return [Request(sample=i, **settings) for i in range(args.num_samples)]
-
-
-def encode(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a prompt: random ones of a typed number, else by the chat template or the checkpoint's BOS rule."""
+def encode_prompt(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a prompt: so many random ones for a typed number, else by template or the checkpoint's BOS rule."""
     text.encode()  # raises UnicodeError for half a character, which no tokenizer takes
     if not args.prompts_file and text.isascii() and text.isdigit():
         generator, size = torch.Generator().manual_seed(args.seed & WORD), min(int(text[:18]), config.context + 1)
         return torch.randint(config.vocab_size, (size,), generator=generator).tolist()
     chat = args.opening + [{"role": "user", "content": text}]
     return tokenizer.encode_chat(chat) if args.chat else tokenizer.encode(text)
+
+
+def make_requests(args: argparse.Namespace, config: ModelConfig, entry: dict, ids: list[int]) -> list[Request]:
+    """The samples of a prompt, checked against the model, max_new_tokens cut to its context; raises InputError."""
+    room = config.context - len(ids)
+    if not ids or room < 0 or max(ids) >= config.vocab_size:
+        expected = f"1 to {config.context} tokens (the model's context) with ids below {config.vocab_size}"
+        refuse(f"prompt {entry['id']} has {len(ids)} tokens, expected {expected}")
+    settings = {f.name: getattr(args, f.name) for f in fields(Request) if hasattr(args, f.name)} | entry
+    if settings["max_new_tokens"] > room:
+        say(f"warning: prompt {entry['id']} meets the context of {config.context} after {room} new tokens")
+    settings |= {"prompt_ids": ids, "max_new_tokens": min(settings["max_new_tokens"], room)}
+    return [Request(sample=i, **settings) for i in range(args.num_samples)]
 
 
 def resume(path: Path) -> set[tuple]:
@@ -443,12 +439,13 @@ def report(engine: Engine, load_s: float, compile_s: float, as_json: bool) -> No
     size, device, first, new = engine.model.nbytes, engine.model.device, engine.first_token_s, engine.tokens["new"]
     seconds = {phase: spent or math.inf for phase, spent in engine.seconds.items()}  # the speed of nothing is 0
     decode, prefill = (engine.tokens[phase] / seconds[phase] for phase in ("decode", "prefill"))
-    rate, limit = size * engine.steps / seconds["decode"], bench.read_bandwidth(device)
+    rate = size * engine.steps / seconds["decode"]
     stats = {"decode_tokens_per_sec": decode, "prefill_tokens_per_sec": prefill, "time_to_first_token_s": first}
     stats |= {"load_s": load_s, "compile_s": compile_s, "new_tokens": new, "model_bytes": size}
     stats |= {"bandwidth_gb_s": rate / 1e9, "accept_counts": [], "peak_memory_gb": bench.peak_memory(device) / 1e9}
     if as_json:
         print(json.dumps({"stats": stats | {"deterministic": False}}), flush=True)
+    limit = bench.read_bandwidth(device)  # only now: it takes memory
     say(f"{new} tokens: decode {decode:.1f} tokens/s, prefill {prefill:.0f} tokens/s, first token after {first:.2f} s")
     say(f"load {load_s:.1f} s, compile {compile_s:.1f} s, weights {size / 1e9:.2f} GB at {rate / 1e9:.1f} GB/s", end="")
     say(f", {rate / limit:.0%} of the {limit / 1e9:.0f} GB/s that this machine reads")
@@ -473,8 +470,9 @@ def converse(engine: Engine, args: argparse.Namespace) -> None:
     history, config = args.opening, engine.model.config
     with contextlib.suppress(EOFError):
         while (line := input("> " if sys.stdin.isatty() else "").strip()) != "/exit":
+            if line == "/clear":
+                history = args.opening
             if line in ("", "/clear"):
-                history = history if not line else args.opening
                 continue
             turns, answer = history + [{"role": "user", "content": line}], ""
             with contextlib.suppress(KeyboardInterrupt):
@@ -482,8 +480,8 @@ def converse(engine: Engine, args: argparse.Namespace) -> None:
                 if len(ids) > config.context:  # no reason to lose the conversation
                     say(f"{len(ids)} tokens are more than the context of {config.context}: /clear starts over")
                     continue
-                [request] = make_requests(args, config, {"id": "conversation", "prompt": line}, ids)
-                for _, text in engine.generate([request]):
+                entry = {"id": "conversation", "prompt": line}
+                for _, text in engine.generate(make_requests(args, config, entry, ids)[:1]):
                     answer += text
                     print(text, end="", flush=True)
             print(flush=True)
@@ -494,13 +492,14 @@ def main(argv: list[str] | None = None) -> None:
     args, start = parse_args(argv), time.perf_counter()
     model, tokenizer = load(args)
     load_s = time.perf_counter() - start
-    entries = [] if args.interactive else read_prompts(args)
-    encoded = [(entry, encode(args, model.config, tokenizer, entry["prompt"])) for entry in entries]
-    requests = [r for entry, ids in encoded for r in make_requests(args, model.config, entry, ids)]
+    requests = []
+    for entry in [] if args.interactive else read_prompts(args):
+        ids = encode_prompt(args, model.config, tokenizer, entry["prompt"])
+        requests += make_requests(args, model.config, entry, ids)
     done = resume(args.output) if args.output else set()
     requests = [r for r in requests if (r.id, r.sample) not in done]
-    ends = [model.config.context] if args.interactive else [len(r.prompt_ids) + r.max_new_tokens for r in requests]
-    length = max(ends, default=1)
+    ends = [len(r.prompt_ids) + r.max_new_tokens for r in requests]
+    length = model.config.context if args.interactive else max(ends, default=1)
     set_up(model, args.compile, args.compile_prefill)
     start = time.perf_counter()
     if args.compile or args.compile_prefill:
