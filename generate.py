@@ -228,7 +228,9 @@ class Engine:
 
     def _feed(self, tokens: list[list[int]], starts: list[int], slot: int | None = None) -> Tensor:
         """Feed every slot, or just one, its tokens from its start on; fp32 logits [B, V] after the last of them."""
-        T, cache = len(tokens[0]), self.cache if slot is None else self.cache.row(slot)
+        T, cache = len(tokens[0]), self.cache
+        if slot is not None:  # views of one row
+            cache = [(k[slot : slot + 1], v[slot : slot + 1]) for k, v in cache]
         tokens_BT = torch.tensor(tokens, device=self.model.device)
         pos_BT = torch.tensor([range(start, start + T) for start in starts], device=self.model.device)
         return self.model(tokens_BT, pos_BT, cache, max(starts) + T, last=True, decode=slot is None)[:, -1]

@@ -1,6 +1,5 @@
-"""config.json -> Transformer, its KV cache, and the loader that streams safetensors into it.
-
-Shapes in names: B rows, T new tokens of a row, D dim, H heads, V vocabulary, N x K a weight."""
+"""config.json -> Transformer, its KV cache, and the loader that streams safetensors into it. Shapes in names: B rows,
+T new tokens of a row, D dim, H heads, V vocabulary, N x K a weight."""
 
 import json
 import math
@@ -8,18 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import Ops, causal, sliding_window
 
 # What sets a family apart, as entries of its config.json, and the settings that a kind of rope scaling needs.
-FAMILIES = {"LlamaForCausalLM": {"sliding_window": None}, "MistralForCausalLM": {"use_sliding_window": True}}
+FAMILIES = {"LlamaForCausalLM": {"use_sliding_window": False}, "MistralForCausalLM": {"use_sliding_window": True}}
 FAMILIES |= {"Qwen2ForCausalLM": {"qkv_bias": True}, "Qwen3ForCausalLM": {"qk_norm": True}}
 ROPE_TYPES = {"default": (), "linear": ("factor",)}
 ROPE_TYPES["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SUPPORTED = {"architectures": FAMILIES, "hidden_act": ["silu"], "rope_type": ROPE_TYPES, "partial_rotary_factor": [1]}
+# What config.json, or a family above, calls the sizes and the switches of a ModelConfig.
+SIZES = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers"}
+SIZES |= {"n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+SIZES |= {"ffn_dim": "intermediate_size", "context": "max_position_embeddings"}
+SWITCHES = {"tied": "tie_word_embeddings", "qk_norm": "qk_norm"}
+SWITCHES |= {"qkv_bias": "qkv_bias", "o_bias": "attention_bias", "ffn_bias": "mlp_bias"}
+KVCache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, n_kv_heads, length, head_dim]
 
 
 class InputError(ValueError):
@@ -32,21 +37,15 @@ def refuse(message: str):
 
 def read_json(path: Path, default: dict | None = None) -> dict:
     """The JSON object in a file, or `default` where there is no file; raises InputError."""
-    if default is not None and not path.exists():
-        return default
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8")) if default is None or path.exists() else default
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: expected a JSON file: {getattr(e, 'strerror', None) or e}") from e
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return raw
+    return raw if isinstance(raw, dict) else refuse(f"{path}: expected a JSON object")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a model."""
-
     vocab_size: int
     dim: int
     n_layers: int
@@ -68,77 +67,49 @@ class ModelConfig:
     def from_file(cls, path: Path) -> "ModelConfig":
         """Read a Hugging Face config.json; raises InputError naming what is missing, wrong or not supported."""
         raw = read_json(path)
+
+        def size(name: str) -> int:
+            value = raw[name]
+            return value if type(value) is int and value > 0 else refuse(f"{name} is {value}, expected an integer > 0")
+
         try:
-            return cls._parse(raw)
-        except KeyError as e:
-            raise InputError(f"{path}: {e.args[0]} is missing") from e
-        except (TypeError, AttributeError, ArithmeticError, ValueError) as e:
-            raise InputError(f"{path}: {e}") from e
-
-    @classmethod
-    def _parse(cls, raw: dict) -> "ModelConfig":
-        def size(name: str, default: int | None = None) -> int:
-            value = raw[name] if default is None or raw.get(name) is not None else default
-            return (
-                value if type(value) is int and value > 0 else refuse(f"{name} is {value}, expected a positive integer")
-            )
-
-        rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta")} | (raw.get("rope_scaling") or {})
-        rope = {"rope_type": rope.get("type", "default"), "partial_rotary_factor": 1} | rope
-        family, act = raw["architectures"][0], raw.get("hidden_act", "silu")
-        found = (
-            (family, FAMILIES),
-            (act, ["silu"]),
-            (rope["rope_type"], ROPE_TYPES),
-            (rope["partial_rotary_factor"], [1]),
-        )
-        for value, choices in found:
-            if value not in choices:
-                refuse(f"{value} is not supported, choose from {', '.join(map(str, choices))}")
-        raw = raw | FAMILIES[family]
-        n_heads, n_layers = size("num_attention_heads"), size("num_hidden_layers")
-        window = size("sliding_window", 1 << 62) if raw.get("use_sliding_window") else None
-        # Without layer_types, a Qwen config names the first layer that slides; in a Mistral every layer does.
-        slides = [kind == "sliding_attention" for kind in raw.get("layer_types") or ()]
-        slides = slides or [i >= raw.get("max_window_layers", 0) for i in range(n_layers)]
-        bias = bool(raw.get("attention_bias"))
-        config = cls(
-            vocab_size=size("vocab_size"),
-            dim=size("hidden_size"),
-            n_layers=n_layers,
-            n_heads=n_heads,
-            n_kv_heads=size("num_key_value_heads", n_heads),
-            head_dim=size("head_dim", size("hidden_size") // n_heads),
-            ffn_dim=size("intermediate_size"),
-            context=size("max_position_embeddings"),
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            windows=tuple(window if slide and window != 1 << 62 else None for slide in slides),
-            rope=rope,
-            tied=bool(raw.get("tie_word_embeddings")),
-            qkv_bias=bias or "qkv_bias" in raw,
-            o_bias=bias,
-            ffn_bias=bool(raw.get("mlp_bias")),
-            qk_norm="qk_norm" in raw,
-        )
-        rope_table(config, 1)  # raises for settings that are missing or wrong
-        if n_heads % config.n_kv_heads or config.head_dim % 2 or len(slides) != n_layers:
-            refuse("expected KV heads that divide the heads, an even head_dim and a layer_type for each layer")
-        return config
+            rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta")} | (raw.get("rope_scaling") or {})
+            rope = {"rope_type": rope.get("type", "default")} | rope
+            given = {"hidden_act": "silu", "partial_rotary_factor": 1} | raw | rope
+            given["architectures"] = (raw["architectures"] or [None])[0]
+            for name, choices in SUPPORTED.items():
+                if given[name] not in choices:
+                    refuse(f"{name} {given[name]} is not supported, choose from {', '.join(map(str, choices))}")
+            n_heads, n_layers = size("num_attention_heads"), size("num_hidden_layers")
+            defaults = {"num_key_value_heads": n_heads, "head_dim": size("hidden_size") // n_heads}
+            raw |= {name: default for name, default in defaults.items() if raw.get(name) is None}
+            raw |= {"qkv_bias": raw.get("attention_bias")} | FAMILIES[given["architectures"]]
+            # Without layer_types, a Qwen config names the first layer that slides; in a Mistral every layer does.
+            slides = [kind == "sliding_attention" for kind in raw.get("layer_types") or ()]
+            slides = slides or [i >= raw.get("max_window_layers", 0) for i in range(n_layers)]
+            windowed = raw.get("use_sliding_window") and raw.get("sliding_window") is not None
+            windows = tuple(size("sliding_window") if windowed and slide else None for slide in slides)
+            sizes = {field: size(name) for field, name in SIZES.items()}
+            switches = {field: bool(raw.get(name)) for field, name in SWITCHES.items()}
+            config = cls(**sizes, **switches, norm_eps=float(raw.get("rms_norm_eps", 1e-6)), windows=windows, rope=rope)
+            rope_table(config, 1)  # raises for settings that are missing or wrong
+            if n_heads % config.n_kv_heads or config.head_dim % 2 or len(windows) != n_layers:
+                refuse("expected KV heads that divide the heads, an even head_dim and a layer_type for each layer")
+            return config
+        except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as e:
+            problem = f"{e.args[0]} is missing" if isinstance(e, KeyError) else e
+            raise InputError(f"{path}: {problem}") from e
 
 
 def rope_table(config: ModelConfig, length: int) -> Tensor:
     """cos and sin by position and frequency, fp32 [length, 2, head_dim / 2] (RoFormer, eq. 34); "linear" divides
     the frequencies, "llama3" (Llama 3.1) divides the long wavelengths, keeps the short and blends those between."""
-    rope, kind = config.rope, config.rope["rope_type"]
-    settings = [float(rope[name]) for name in ROPE_TYPES[kind]]
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
-    freq = 1.0 / float(rope["rope_theta"] or 10000.0) ** (pairs / config.head_dim)
-    if kind == "linear":
-        freq = freq / settings[0]
-    elif kind == "llama3":
-        factor, low, high, original_context = settings
-        keep = ((original_context * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        freq = keep * freq + (1 - keep) * freq / factor
+    rope = config.rope
+    settings = [float(rope[name]) for name in ROPE_TYPES[rope["rope_type"]]]
+    factor, low, high, original_context = settings + [1.0, 0.0, 1.0, 0.0][len(settings) :]  # which change nothing
+    freq = 1.0 / float(rope["rope_theta"] or 10000.0) ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
+    keep = ((original_context * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    freq = keep * freq + (1 - keep) * freq / factor
     angle = torch.arange(length).float()[:, None] * freq
     return torch.stack((angle.cos(), angle.sin()), dim=1)
 
@@ -151,35 +122,27 @@ def rotate(x_BTHD: Tensor, rope_BT: Tensor) -> Tensor:
 
 
 class Loadable(nn.Module):
-    """A layer built from named checkpoint tensors, `shapes`, as they arrive in any order."""
+    """A layer made of the checkpoint tensors that `shapes` names. Its `load` is given them all, in that order, and
+    whether they lie in a `mapped` file; `nbytes` is what it then holds in memory."""
 
-    def __init__(self, ops: Ops, shapes: dict[str, tuple[int, ...]], device, dtype):
+    def __init__(self, model: "Transformer", shapes: dict[str, tuple[int, ...]]):
         super().__init__()
-        self.ops, self.shapes, self.device, self.dtype = ops, shapes, device, dtype
-        self.arrived: dict[str, Tensor] = {}
-
-    def load(self, name: str, tensor: Tensor, mapped: bool) -> None:
-        """Take one tensor, `mapped` if it lies in a file; the last to come builds the layer."""
-        self.arrived[name] = tensor
-        if len(self.arrived) == len(self.shapes):
-            weights = [self.arrived[n] for n in self.shapes if n.endswith("weight")]
-            biases = [self.arrived[n] for n in self.shapes if n.endswith("bias")]
-            self.arrived = {}
-            self.finish(self._join(weights), self._join(biases) if biases else None)
-
-    def _join(self, tensors: list[Tensor]) -> Tensor:
-        return torch.cat(tensors).to(self.device, self.dtype)  # cat copies, so nothing stays in the mapped file
+        self.ops, self.config, self.device, self.dtype = model.ops, model.config, model.device, model.dtype
+        self.shapes = shapes
 
 
 class Linear(Loadable):
     """y = x W^T + b, over one or several checkpoint layers of the same input, stacked along the output."""
 
-    def __init__(self, ops: Ops, parts: dict[str, int], in_features: int, bias: bool, **where):
+    def __init__(self, model: "Transformer", parts: dict[str, int], in_features: int, bias: bool):
         shapes = {f"{name}.weight": (rows, in_features) for name, rows in parts.items()}
         shapes |= {f"{name}.bias": (rows,) for name, rows in parts.items() if bias}
-        super().__init__(ops, shapes, **where)
+        super().__init__(model, shapes)
 
-    def finish(self, weight: Tensor, bias: Tensor | None) -> None:
+    def load(self, tensors: list[Tensor], mapped: bool) -> None:
+        parts = [[tensor for tensor in tensors if tensor.dim() == dim] for dim in (2, 1)]
+        # cat copies, so nothing stays in the mapped file.
+        weight, bias = (torch.cat(part).to(self.device, self.dtype) if part else None for part in parts)
         self.packed = self.ops.pack(weight, bias)
         self.nbytes = self.packed.nbytes
 
@@ -190,72 +153,60 @@ class Linear(Loadable):
 class RMSNorm(Loadable):
     """Root mean square norm over the last dimension (Zhang and Sennrich 2019)."""
 
-    def __init__(self, ops: Ops, name: str, dim: int, eps: float, **where):
-        super().__init__(ops, {f"{name}.weight": (dim,)}, **where)
-        self.eps = eps
-
-    def finish(self, weight: Tensor, bias: None) -> None:
-        self.weight, self.nbytes = weight.float(), 4 * len(weight)
+    def load(self, tensors: list[Tensor], mapped: bool) -> None:
+        self.weight = tensors[0].to(self.device, self.dtype, copy=True).float()
+        self.nbytes = self.weight.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x.float(), self.weight, self.eps).to(self.dtype)
+        return self.ops.rms_norm(x.float(), self.weight, self.config.norm_eps).to(self.dtype)
 
 
 class Embedding(Loadable):
     """The token embedding, and with it the head of a model that ties the two. On a CPU its rows are read where they
     lie in the mapped file, one a token, so the only copy of a tied table in memory is the one packed for the head."""
 
-    def __init__(self, ops: Ops, name: str, config: ModelConfig, **where):
-        super().__init__(ops, {f"{name}.weight": (config.vocab_size, config.dim)}, **where)
-        self.tied = config.tied
-
-    def load(self, name: str, tensor: Tensor, mapped: bool) -> None:
-        held = tensor.to(self.device, self.dtype)
-        self.packed = self.ops.pack(held, None) if self.tied else None
-        self.weight = tensor if self.device.type == "cpu" else held
+    def load(self, tensors: list[Tensor], mapped: bool) -> None:
+        self.weight = tensors[0] if self.device.type == "cpu" else tensors[0].to(self.device, self.dtype)
+        self.packed = self.ops.pack(self.weight.to(self.dtype), None) if self.config.tied else None
         shared = self.packed and self.packed.weight is self.weight
-        in_memory = not shared and not (mapped and self.weight is tensor)
+        in_memory = not shared and not (mapped and self.weight is tensors[0])
         self.nbytes = (self.packed.nbytes if self.packed else 0) + (self.weight.nbytes if in_memory else 0)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        return F.embedding(tokens_BT, self.weight).to(self.dtype)
+        return nn.functional.embedding(tokens_BT, self.weight).to(self.dtype)
 
-    def as_head(self, x_BTD: Tensor) -> Tensor:
-        return self.ops.linear(x_BTD, self.packed)
+    as_head = Linear.forward
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, over a KV cache."""
 
-    def __init__(self, ops: Ops, prefix: str, config: ModelConfig, **where):
+    def __init__(self, model: "Transformer", prefix: str):
         super().__init__()
-        self.ops, self.config = ops, config
-        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        parts = {f"{prefix}.q_proj": q_dim, f"{prefix}.k_proj": kv_dim, f"{prefix}.v_proj": kv_dim}
-        self.qkv = Linear(ops, parts, config.dim, config.qkv_bias, **where)
-        self.o = Linear(ops, {f"{prefix}.o_proj": config.dim}, q_dim, config.o_bias, **where)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(ops, f"{prefix}.q_norm", config.head_dim, config.norm_eps, **where)
-            self.k_norm = RMSNorm(ops, f"{prefix}.k_norm", config.head_dim, config.norm_eps, **where)
+        self.ops, config = model.ops, model.config
+        self.head_dim, self.heads = config.head_dim, (config.n_heads, config.n_kv_heads, config.n_kv_heads)  # q, k, v
+        parts = {f"{prefix}.{x}_proj": heads * self.head_dim for x, heads in zip("qkv", self.heads, strict=True)}
+        self.qkv = Linear(model, parts, config.dim, config.qkv_bias)
+        self.o = Linear(model, {f"{prefix}.o_proj": config.dim}, config.n_heads * self.head_dim, config.o_bias)
+        norm = RMSNorm if config.qk_norm else nn.Identity  # which takes any arguments
+        self.q_norm = norm(model, {f"{prefix}.q_norm.weight": (config.head_dim,)})
+        self.k_norm = norm(model, {f"{prefix}.k_norm.weight": (config.head_dim,)})
 
     def forward(self, x_BTD: Tensor, rope_BT: Tensor, pos_BT: Tensor, mask, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        heads = (self.config.n_heads, self.config.n_kv_heads, self.config.n_kv_heads)
-        q, k, v = self.qkv(x_BTD).unflatten(-1, (sum(heads), self.config.head_dim)).split(heads, dim=2)
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rope_BT), rotate(k, rope_BT)
-        return self.o(self.ops.attention(q, k, v, k_cache, v_cache, pos_BT, mask, self.config.head_dim**-0.5))
+        q, k, v = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
+        q, k = rotate(self.q_norm(q), rope_BT), rotate(self.k_norm(k), rope_BT)
+        return self.o(self.ops.attention(q, k, v, k_cache, v_cache, pos_BT, mask, self.head_dim**-0.5))
 
 
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
-    def __init__(self, ops: Ops, prefix: str, config: ModelConfig, **where):
+    def __init__(self, model: "Transformer", prefix: str):
         super().__init__()
-        self.ops = ops
+        self.ops, config = model.ops, model.config
         parts = {f"{prefix}.gate_proj": config.ffn_dim, f"{prefix}.up_proj": config.ffn_dim}
-        self.gate_up = Linear(ops, parts, config.dim, config.ffn_bias, **where)
-        self.down = Linear(ops, {f"{prefix}.down_proj": config.dim}, config.ffn_dim, config.ffn_bias, **where)
+        self.gate_up = Linear(model, parts, config.dim, config.ffn_bias)
+        self.down = Linear(model, {f"{prefix}.down_proj": config.dim}, config.ffn_dim, config.ffn_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down(self.ops.silu_mul(self.gate_up(x_BTD)))
@@ -264,28 +215,16 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One pre-norm layer."""
 
-    def __init__(self, ops: Ops, prefix: str, config: ModelConfig, **where):
+    def __init__(self, model: "Transformer", prefix: str):
         super().__init__()
-        self.attention_norm = RMSNorm(ops, f"{prefix}.input_layernorm", config.dim, config.norm_eps, **where)
-        self.attention = Attention(ops, f"{prefix}.self_attn", config, **where)
-        self.ffn_norm = RMSNorm(ops, f"{prefix}.post_attention_layernorm", config.dim, config.norm_eps, **where)
-        self.ffn = FeedForward(ops, f"{prefix}.mlp", config, **where)
+        self.attention_norm = RMSNorm(model, {f"{prefix}.input_layernorm.weight": (model.config.dim,)})
+        self.attention = Attention(model, f"{prefix}.self_attn")
+        self.ffn_norm = RMSNorm(model, {f"{prefix}.post_attention_layernorm.weight": (model.config.dim,)})
+        self.ffn = FeedForward(model, f"{prefix}.mlp")
 
     def forward(self, x_BTD: Tensor, *attention_args) -> Tensor:
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), *attention_args)
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
-
-
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of every layer, [B, n_kv_heads, length, head_dim] each, zeroed: 0 x NaN would poison a row."""
-
-    k: list[Tensor]
-    v: list[Tensor]
-
-    def row(self, b: int) -> "KVCache":
-        """A view of one row, to prefill it while the others rest."""
-        return KVCache([k[b : b + 1] for k in self.k], [v[b : b + 1] for v in self.v])
 
 
 class Transformer(nn.Module):
@@ -294,92 +233,83 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype):
         super().__init__()
         self.config, self.ops, self.device, self.dtype = config, ops, device, dtype
-        where = {"device": device, "dtype": dtype}
-        self.embed = Embedding(ops, "model.embed_tokens", config, **where)
-        self.blocks = nn.ModuleList(Block(ops, f"model.layers.{i}", config, **where) for i in range(config.n_layers))
-        self.norm = RMSNorm(ops, "model.norm", config.dim, config.norm_eps, **where)
-        self.head = None if config.tied else Linear(ops, {"lm_head": config.vocab_size}, config.dim, False, **where)
+        self.embed = Embedding(self, {"model.embed_tokens.weight": (config.vocab_size, config.dim)})
+        self.head = None if config.tied else Linear(self, {"lm_head": config.vocab_size}, config.dim, bias=False)
+        self.blocks = nn.ModuleList(Block(self, f"model.layers.{i}") for i in range(config.n_layers))
+        self.norm = RMSNorm(self, {"model.norm.weight": (config.dim,)})
         self.rope = rope_table(config, config.context).to(device)
         self.mask_mods = {w: causal if w is None else sliding_window(w) for w in set(config.windows)}
         self.decode_stack = self.prefill_stack = self.stack  # what compiling replaces
 
+    def whole_blocks(self, length: int) -> int:
+        return -(-length // self.ops.key_block) * self.ops.key_block
+
     def new_cache(self, batch_size: int, length: int) -> KVCache:
-        """A zeroed cache of `batch_size` rows and at least `length` positions, a whole number of key blocks."""
-        length = -(-length // self.ops.key_block) * self.ops.key_block
-        shape = (batch_size, self.config.n_kv_heads, length, self.config.head_dim)
-        k, v = ([torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in self.blocks] for _ in "kv")
-        return KVCache(k, v)
+        """A cache of at least `length` positions, a whole number of key blocks, zeroed: 0 x NaN would poison a row."""
+        shape = (batch_size, self.config.n_kv_heads, self.whole_blocks(length), self.config.head_dim)
+        return [tuple(torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in "kv") for _ in self.blocks]
 
     def forward(self, tokens_BT: Tensor, pos_BT: Tensor, cache: KVCache, end: int, last=False, decode=False) -> Tensor:
         """fp32 logits [B, T, V] (T = 1 with `last`) of tokens at absolute positions `pos_BT`; `end` is one past the
         highest. Their keys and values are written to the cache, which must hold every earlier position."""
-        block = self.ops.key_block
         # A CUDA graph needs one shape, so there every step looks over the whole cache.
-        span = -(-end // block) * block if self.device.type == "cpu" else cache.k[0].shape[2]
+        span = self.whole_blocks(end) if self.device.type == "cpu" else cache[0][0].shape[2]
         args = (pos_BT, span, self.config.n_heads, self.dtype)
         masks = {window: self.ops.mask(mask_mod, *args) for window, mask_mod in self.mask_mods.items()}
         stack = self.decode_stack if decode else self.prefill_stack if tokens_BT.shape[1] > 1 else self.stack
-        return stack(tokens_BT, pos_BT, masks, cache.k, cache.v, last)
+        return stack(tokens_BT, pos_BT, masks, cache, last)
 
-    def stack(self, tokens_BT: Tensor, pos_BT: Tensor, masks: dict, k: list, v: list, last: bool) -> Tensor:
+    def stack(self, tokens_BT: Tensor, pos_BT: Tensor, masks: dict, cache: KVCache, last: bool) -> Tensor:
         """Every layer and the head: all that torch.compile gets to see."""
         # Sums over layers stay in fp32: cheap, and it takes away much of what rounding to half precision costs.
         x_BTD, rope_BT = self.embed(tokens_BT).float(), self.rope[pos_BT]
-        for i, (block, window) in enumerate(zip(self.blocks, self.config.windows, strict=True)):
-            x_BTD = block(x_BTD, rope_BT, pos_BT, masks[window], k[i], v[i])
+        for block, window, kv in zip(self.blocks, self.config.windows, cache, strict=True):
+            x_BTD = block(x_BTD, rope_BT, pos_BT, masks[window], *kv)
         x_BTD = self.norm(x_BTD[:, -1:] if last else x_BTD)
         return (self.head or self.embed.as_head)(x_BTD).float()
 
-    def takers(self) -> dict[str, Loadable]:
-        """Which layer takes which checkpoint tensor."""
-        return {name: layer for layer in self.modules() if isinstance(layer, Loadable) for name in layer.shapes}
+    def takers(self) -> list[Loadable]:
+        """The layers that take checkpoint tensors."""
+        return [layer for layer in self.modules() if isinstance(layer, Loadable)]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights in memory, every packed copy counted."""
-        return sum(layer.nbytes for layer in self.modules() if isinstance(layer, Loadable))
+        return sum(layer.nbytes for layer in self.takers())
 
 
 def load_checkpoint(model: Transformer, directory: Path, progress=lambda done, total: None) -> None:
     """Stream every tensor of a Hugging Face directory into place. All names and shapes are checked before the first
     weight is read; raises InputError that names the tensor or file."""
-    takers, found = model.takers(), {}
-    # Some files repeat a tied head, and the first Llama 2 exports store what config.json already says.
-    repeats = {"lm_head.weight"} if model.config.tied else set()
-    for path in _checkpoint_files(directory):
-        try:
-            file = safe_open(path, "pt")
-        except SafetensorError as e:
-            raise InputError(f"{path}: truncated or corrupt: {e}") from e
-        found |= {n: file for n in file.keys() if n not in repeats and not n.endswith("rotary_emb.inv_freq")}
-    for problem, names in (("missing", takers.keys() - found.keys()), ("not expected", found.keys() - takers.keys())):
-        if names:
-            raise InputError(f"{directory}: tensor {min(names)} is {problem} ({len(names)} in all)")
-    for name, file in found.items():
-        entry, shape = file.get_slice(name), list(takers[name].shapes[name])
-        if entry.get_shape() != shape or entry.get_dtype() not in ("BF16", "F16", "F32"):
-            got = f"{entry.get_dtype()} {entry.get_shape()}"
-            raise InputError(f"{directory}: tensor {name} is {got}, expected BF16, F16 or F32 {shape}")
-    for done, (name, file) in enumerate(found.items(), start=1):
-        takers[name].load(name, file.get_tensor(name), mapped=True)
-        progress(done, len(found))
-
-
-def _checkpoint_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
+    index, slices, layers = directory / "model.safetensors.index.json", {}, model.takers()
     shards = read_json(index, {}).get("weight_map", {})
     if not isinstance(shards, dict):
-        raise InputError(f"{index}: expected a weight_map of tensor names to files")
-    paths = sorted({directory / name for name in shards.values()}) or sorted(directory.glob("model*.safetensors"))
-    if missing := [path for path in paths if not path.is_file()]:
-        raise InputError(f"{missing[0]}: named by {index.name} but missing")
-    return paths or refuse(f"{directory}: no model.safetensors and no {index.name}")
+        refuse(f"{index}: expected a weight_map of tensor names to files")
+    paths = sorted({directory / str(name) for name in shards.values()}) or sorted(directory.glob("model*.safetensors"))
+    for path in paths or refuse(f"{directory}: no model.safetensors and no {index.name}"):
+        try:
+            file = safe_open(path, "pt")
+        except (OSError, SafetensorError) as e:
+            raise InputError(f"{path}: missing, truncated or corrupt: {e}") from e
+        slices |= {name: file.get_slice(name) for name in file.keys()}
+    shapes = {name: list(shape) for layer in layers for name, shape in layer.shapes.items()}
+    # Some files repeat a tied head, and the first Llama 2 exports store what config.json already says.
+    known = shapes.keys() | {"lm_head.weight"} | {name for name in slices if name.endswith("rotary_emb.inv_freq")}
+    for problem, names in (("missing", shapes.keys() - slices.keys()), ("not expected", slices.keys() - known)):
+        if names:
+            refuse(f"{directory}: tensor {min(names)} is {problem} ({len(names)} in all)")
+    for name, shape in shapes.items():
+        dtype, got = slices[name].get_dtype(), slices[name].get_shape()
+        if got != shape or dtype not in ("BF16", "F16", "F32"):
+            refuse(f"{directory}: tensor {name} is {dtype} {got}, expected BF16, F16 or F32 {shape}")
+    for done, layer in enumerate(layers, start=1):
+        layer.load([slices[name][:] for name in layer.shapes], mapped=True)
+        progress(done, len(layers))
 
 
 def randomize(model: Transformer, seed: int = 0) -> None:
     """Fill a model with random weights (normal, 0.02; vectors one), for benchmarks without a checkpoint."""
     generator = torch.Generator().manual_seed(seed)
-    for name, layer in model.takers().items():
-        shape = layer.shapes[name]
-        tensor = torch.randn(shape, generator=generator) * 0.02 if len(shape) > 1 else torch.ones(shape)
-        layer.load(name, tensor.to(model.dtype), mapped=False)
+    for layer in model.takers():
+        tensors = [torch.randn(shape, generator=generator, dtype=model.dtype) for shape in layer.shapes.values()]
+        layer.load([t.mul_(0.02) if t.dim() > 1 else torch.ones_like(t) for t in tensors], mapped=False)

@@ -541,7 +541,7 @@ class Scripted:
         self.script, self.n = script, n
 
     def new_cache(self, batch_size, length):
-        return SimpleNamespace(row=lambda b: None, k=[torch.zeros(1, 1, length, 1)])
+        return [(torch.zeros(batch_size, 1, length, 1), torch.zeros(batch_size, 1, length, 1))]
 
     def __call__(self, tokens_BT, pos_BT, cache, end, last=False, decode=False):
         logits = torch.zeros(len(pos_BT), pos_BT.shape[1], 400)

@@ -144,6 +144,10 @@ def feed(model, tokens_T, cache, chunks, **flags):
             return torch.cat(out)
 
 
+def row(cache, b):
+    return [(k[b : b + 1], v[b : b + 1]) for k, v in cache]
+
+
 def relative_error(got, expected):
     assert got.shape == expected.shape and got.dtype == torch.float32
     return ((got - expected).abs().max() / expected.abs().max()).item()
@@ -188,7 +192,7 @@ def test_rows_of_different_lengths(family, step):
     model = load(directory)
     lengths, cache = torch.tensor([61, 1, 120, 34]), model.new_cache(ROWS, LENGTH)
     for b, n in enumerate(lengths.tolist()):
-        logits = feed(model, tokens[b, :n], cache.row(b), [n])
+        logits = feed(model, tokens[b, :n], row(cache, b), [n])
         assert relative_error(logits, expected[b, :n]) <= 1e-4
     rows = torch.arange(ROWS)[:, None]
     for i in range(0, 30, step):
@@ -473,8 +477,8 @@ def test_keys_behind_a_row_never_matter(mask_mod, dtype, T):
 def test_cache_starts_at_zero_in_whole_blocks(family_of):
     model = load(family_of("llama")[0])
     cache = model.new_cache(3, 65)
-    assert cache.k[0].shape == cache.v[-1].shape == (3, 2, 128, 10) and len(cache.k) == len(cache.v) == 3
-    assert not any(x.any() for x in cache.k + cache.v)
+    assert len(cache) == 3 and all(k.shape == v.shape == (3, 2, 128, 10) for k, v in cache)
+    assert not any(k.any() or v.any() for k, v in cache)
 
 
 # The default model
@@ -563,7 +567,7 @@ def test_bf16_logprobs_stay_close_to_transformers(greedy, default_checkpoint):
     ours = torch.empty(*tokens.shape, model.config.vocab_size)
     for b, c in enumerate(greedy):
         ours[b, 0] = feed(
-            model, torch.tensor(c.request.prompt_ids), cache.row(b), [len(c.request.prompt_ids)], last=True
+            model, torch.tensor(c.request.prompt_ids), row(cache, b), [len(c.request.prompt_ids)], last=True
         )
     for t in range(NEW_TOKENS - 1):
         pos = lengths[:, None] + t
