@@ -19,7 +19,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
-from kernels import FAST
+from kernels import BATCH_INVARIANT, FAST
 from model import InputError, ModelConfig, Transformer, load_checkpoint, randomize, read_json, refuse
 from scripts import bench, download
 
@@ -305,6 +305,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile decoding")
     add("--compile_prefill", action="store_true", help="torch.compile prefill")
     add("--profile", metavar="FILE", help="write a trace for chrome://tracing")
+    add("--deterministic", action="store_true", help="the same bits at any batch size, chunking or compiler setting")
     add("--json", action="store_true", help="one JSON object a line")
     add("--output", type=Path, metavar="FILE", help="append those lines to FILE; a rerun skips what is there")
     args = p.parse_args(argv)
@@ -342,7 +343,8 @@ def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
             raise InputError(f"the default checkpoint cannot be had: {e}") from e
     config, device = ModelConfig.from_file(shape or directory / "config.json"), torch.device(args.device)
     tokenizer = Tokenizer(None if shape else directory)
-    model, show = Transformer(config, FAST, device, PRECISIONS[args.precision]), sys.stderr.isatty()
+    ops, show = BATCH_INVARIANT if args.deterministic else FAST, sys.stderr.isatty()
+    model = Transformer(config, ops, device, PRECISIONS[args.precision])
     if shape:
         randomize(model)
     else:
@@ -360,7 +362,9 @@ def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> N
     def compiled(dynamic: bool | None, **options) -> Callable:
         # Dynamo keeps graphs by code object: with a copy, no model runs another's.
         stack = types.FunctionType(Transformer.stack.__code__.replace(), Transformer.stack.__globals__)
-        options |= {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}  # the model never changes
+        options |= model.ops.compile_options | {
+            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        }  # the model never changes
         return torch.compile(types.MethodType(stack, model), fullgraph=True, dynamic=dynamic, options=options)
 
     if compile_decode:

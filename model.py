@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from kernels import Ops, causal, sliding_window
+from kernels import Ops, causal, leaf_count, sliding_window
 
 # What sets a family apart, as entries of its config.json, and the settings that a kind of rope scaling needs.
 FAMILIES = {"LlamaForCausalLM": {"use_sliding_window": False}, "MistralForCausalLM": {"use_sliding_window": True}}
@@ -134,16 +134,17 @@ class Loadable(nn.Module):
 class Linear(Loadable):
     """y = x W^T + b, over one or several checkpoint layers of the same input, stacked along the output."""
 
-    def __init__(self, model: "Transformer", parts: dict[str, int], in_features: int, bias: bool):
+    def __init__(self, model: "Transformer", parts: dict[str, int], in_features: int, bias: bool, leaves: int = 1):
         shapes = {f"{name}.weight": (rows, in_features) for name, rows in parts.items()}
         shapes |= {f"{name}.bias": (rows,) for name, rows in parts.items() if bias}
         super().__init__(model, shapes)
+        self.leaves = leaves  # into which the sums along in_features are cut, so that tensor parallelism can cut there
 
     def load(self, tensors: list[Tensor], mapped: bool) -> None:
         parts = [[tensor for tensor in tensors if tensor.dim() == dim] for dim in (2, 1)]
         # cat copies, so nothing stays in the mapped file.
         weight, bias = (torch.cat(part).to(self.device, self.dtype) if part else None for part in parts)
-        self.packed = self.ops.pack(weight, bias)
+        self.packed = self.ops.pack(weight, bias, self.leaves)
         self.nbytes = self.packed.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ class Embedding(Loadable):
 
     def load(self, tensors: list[Tensor], mapped: bool) -> None:
         self.weight = tensors[0] if self.device.type == "cpu" else tensors[0].to(self.device, self.dtype)
-        self.packed = self.ops.pack(self.weight.to(self.dtype), None) if self.config.tied else None
+        self.packed = self.ops.pack(self.weight.to(self.dtype)) if self.config.tied else None
         shared = self.packed and self.packed.weight is self.weight
         in_memory = not shared and not (mapped and self.weight is tensors[0])
         self.nbytes = (self.packed.nbytes if self.packed else 0) + (self.weight.nbytes if in_memory else 0)
@@ -187,7 +188,9 @@ class Attention(nn.Module):
         self.head_dim, self.heads = config.head_dim, (config.n_heads, config.n_kv_heads, config.n_kv_heads)  # q, k, v
         parts = {f"{prefix}.{x}_proj": heads * self.head_dim for x, heads in zip("qkv", self.heads, strict=True)}
         self.qkv = Linear(model, parts, config.dim, config.qkv_bias)
-        self.o = Linear(model, {f"{prefix}.o_proj": config.dim}, config.n_heads * self.head_dim, config.o_bias)
+        q_dim = config.n_heads * self.head_dim
+        leaves = leaf_count(config.n_kv_heads, q_dim)
+        self.o = Linear(model, {f"{prefix}.o_proj": config.dim}, q_dim, config.o_bias, leaves)
         norm = RMSNorm if config.qk_norm else nn.Identity  # which takes any arguments
         self.q_norm = norm(model, {f"{prefix}.q_norm.weight": (config.head_dim,)})
         self.k_norm = norm(model, {f"{prefix}.k_norm.weight": (config.head_dim,)})
@@ -206,7 +209,8 @@ class FeedForward(nn.Module):
         self.ops, config = model.ops, model.config
         parts = {f"{prefix}.gate_proj": config.ffn_dim, f"{prefix}.up_proj": config.ffn_dim}
         self.gate_up = Linear(model, parts, config.dim, config.ffn_bias)
-        self.down = Linear(model, {f"{prefix}.down_proj": config.dim}, config.ffn_dim, config.ffn_bias)
+        leaves = leaf_count(config.n_kv_heads, config.ffn_dim)
+        self.down = Linear(model, {f"{prefix}.down_proj": config.dim}, config.ffn_dim, config.ffn_bias, leaves)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down(self.ops.silu_mul(self.gate_up(x_BTD)))
