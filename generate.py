@@ -226,14 +226,14 @@ class Engine:
         self.tokens, self.seconds = {"prefill": 0, "decode": 0, "new": 0}, {"prefill": 0.0, "decode": 0.0}
         self.steps, self.first_token_s = 0, 0.0
 
-    def _feed(self, tokens: list[list[int]], starts: list[int], slot: int | None = None) -> Tensor:
-        """Feed every slot, or just one, its tokens from its start on; fp32 logits [B, V] after the last of them."""
+    def _feed(self, tokens: list[list[int]], starts: list[int], slot: int | None = None, last=True) -> Tensor:
+        """Feed every slot, or just one, its tokens from its start on; fp32 logits [B, T, V], T = 1 with `last`."""
         T, cache = len(tokens[0]), self.cache
         if slot is not None:  # views of one row
             cache = [(k[slot : slot + 1], v[slot : slot + 1]) for k, v in cache]
         tokens_BT = torch.tensor(tokens, device=self.model.device)
         pos_BT = torch.tensor([range(start, start + T) for start in starts], device=self.model.device)
-        return self.model(tokens_BT, pos_BT, cache, max(starts) + T, last=True, decode=slot is None)[:, -1]
+        return self.model(tokens_BT, pos_BT, cache, max(starts) + T, last, decode=slot is None)
 
     def _draw(self, batch: list[Completion | None], sampler: Sampler, logits_BV: Tensor) -> list[tuple]:
         """(completion, its next token, the token's logprob) for each row at work."""
@@ -256,13 +256,13 @@ class Engine:
                 slots[slot], batch, ids = completion, [completion], completion.request.prompt_ids
                 phase, sampler = "prefill", Sampler([completion.request], self.model.device)
                 for i in range(0, len(ids), self.chunk):
-                    logits_BV = self._feed([ids[i : i + self.chunk]], [i], slot)
+                    logits_BV = self._feed([ids[i : i + self.chunk]], [i], slot)[:, -1]
             else:
                 if phase == "prefill":  # since the last step a slot has changed hands
                     phase, sampler = "decode", Sampler([c and c.request for c in slots], self.model.device)
                 # An idle slot computes at position 0, which its next prompt overwrites.
                 tokens, starts = zip(*[([c.tokens[-1]], c.length - 1) if c else ([0], 0) for c in slots], strict=True)
-                logits_BV, batch = self._feed(tokens, starts), slots
+                logits_BV, batch = self._feed(tokens, starts)[:, -1], slots
                 self.steps += 1
             drawn = self._draw(batch, sampler, logits_BV)
             self.first_token_s = self.first_token_s or time.perf_counter() - began
@@ -272,6 +272,18 @@ class Engine:
             for completion, token, logprob in drawn:
                 yield completion, completion.push(token, logprob)
             slots = [None if c and c.finish_reason else c for c in slots]
+
+    @torch.inference_mode()
+    def score(self, prompt_ids: list[int], tokens: list[int]) -> list[float]:
+        """The logprobs of `tokens` after a prompt, by prefill in chunks: whole logits of a long text are gigabytes."""
+        ids, chunk, logprobs, start = prompt_ids + tokens, min(self.chunk, 512), [], time.perf_counter()
+        for i in range(0, len(ids) - 1, chunk):
+            targets_T = torch.tensor(ids[i + 1 : i + 1 + chunk], device=self.model.device)
+            logits_TV = self._feed([ids[i : i + len(targets_T)]], [i], slot=0, last=False)[0]
+            logprobs += self.model.ops.log_softmax(logits_TV).gather(-1, targets_T[:, None])[:, 0].tolist()
+        self.tokens["prefill"] += len(ids)
+        self.seconds["prefill"] += time.perf_counter() - start
+        return logprobs[len(prompt_ids) - 1 :]
 
 
 def say(*words, **options) -> None:
@@ -306,6 +318,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--compile_prefill", action="store_true", help="torch.compile prefill")
     add("--profile", metavar="FILE", help="write a trace for chrome://tracing")
     add("--deterministic", action="store_true", help="the same bits at any batch size, chunking or compiler setting")
+    add("--score", type=Path, metavar="FILE.jsonl", help="print such lines again, logprobs recomputed by prefill")
     add("--json", action="store_true", help="one JSON object a line")
     add("--output", type=Path, metavar="FILE", help="append those lines to FILE; a rerun skips what is there")
     args = p.parse_args(argv)
@@ -316,6 +329,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             refuse(f"--{flag} {value} is out of range, expected {low} to {high:g}")
     excluded = [("random_weights", "checkpoint_path"), ("random_weights", "chat"), ("prompt", "prompts_file")]
     excluded += [("interactive", flag) for flag in ("prompt", "prompts_file", "random_weights", "json", "output")]
+    excluded += [("score", flag) for flag in ("prompt", "prompts_file", "interactive")]
     for one, other in excluded:
         if getattr(args, one) and getattr(args, other):
             refuse(f"--{one} excludes --{other}")
@@ -374,7 +388,7 @@ def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> N
 
 
 def warm_up(model: Transformer, batch_size: int, length: int) -> None:
-    """Run each graph before the clock: a few short prompts, as many tokens as CUDA graphs need to be recorded."""
+    """Run graphs and probes before the clock: short prompts, as many tokens as CUDA graphs need to be recorded."""
     engine = Engine(model, Tokenizer(None), batch_size, length)
     list(engine.generate([Request(0, "", [0, 0], max_new_tokens=4)] * batch_size))
 
@@ -450,11 +464,45 @@ def report(engine: Engine, load_s: float, compile_s: float, as_json: bool) -> No
     stats |= {"load_s": load_s, "compile_s": compile_s, "new_tokens": new, "model_bytes": size}
     stats |= {"bandwidth_gb_s": rate / 1e9, "accept_counts": [], "peak_memory_gb": bench.peak_memory(device) / 1e9}
     if as_json:
-        print(json.dumps({"stats": stats | {"deterministic": False}}), flush=True)
+        print(json.dumps({"stats": stats | {"deterministic": engine.model.ops is BATCH_INVARIANT}}), flush=True)
     limit = bench.read_bandwidth(device)  # only now: it takes memory
     say(f"{new} tokens: decode {decode:.1f} tokens/s, prefill {prefill:.0f} tokens/s, first token after {first:.2f} s")
     say(f"load {load_s:.1f} s, compile {compile_s:.1f} s, weights {size / 1e9:.2f} GB at {rate / 1e9:.1f} GB/s", end="")
     say(f", {rate / limit:.0%} of the {limit / 1e9:.0f} GB/s that this machine reads")
+
+
+def read_completions(path: Path, config: ModelConfig) -> list[dict]:
+    """The completions of a .jsonl file, its stats line left out, checked against the model; raises InputError."""
+    entries = []
+    try:
+        lines = path.read_bytes().decode().split("\n")
+    except (OSError, ValueError) as e:
+        raise InputError(f"--score {path} cannot be read: {e}") from e
+    for i, line in [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]:
+        try:
+            entry = json.loads(line)
+            if "stats" in entry:
+                continue
+            ids = entry["prompt_ids"] + entry["tokens"]
+            fits = entry["prompt_ids"] and len(ids) <= config.context
+            if not fits or any(type(x) is not int or not 0 <= x < config.vocab_size for x in ids):
+                raise ValueError(f"expected 1 to {config.context} ids from 0 to {config.vocab_size - 1}")
+        except (ValueError, TypeError, KeyError) as e:
+            reason = f"{e} is missing" if isinstance(e, KeyError) else e
+            raise InputError(f"--score {path}, line {i} is no completion that this model can score: {reason}") from e
+        entries.append(entry)
+    return entries or refuse(f"--score {path} has no completion")
+
+
+def rescore(engine: Engine, entries: list[dict], args: argparse.Namespace) -> None:
+    """Print each completion as it was read, with logprobs recomputed by prefill, and append it to --output."""
+    with open(args.output or os.devnull, "a", encoding="utf-8") as file:
+        for entry in entries:
+            line = json.dumps(
+                entry | {"logprobs": engine.score(entry["prompt_ids"], entry["tokens"])}, ensure_ascii=False
+            )
+            print(line, file=file, flush=True)
+            print(line, flush=True)
 
 
 def run(engine: Engine, requests: list[Request], args: argparse.Namespace) -> None:
@@ -498,22 +546,27 @@ def main(argv: list[str] | None = None) -> None:
     args, start = parse_args(argv), time.perf_counter()
     model, tokenizer = load(args)
     load_s = time.perf_counter() - start
-    requests = []
-    for entry in [] if args.interactive else read_prompts(args):
+    requests, scored = [], read_completions(args.score, model.config) if args.score else []
+    for entry in [] if args.interactive or args.score else read_prompts(args):
         ids = encode_prompt(args, model.config, tokenizer, entry["prompt"])
         requests += make_requests(args, model.config, entry, ids)
     done = resume(args.output) if args.output else set()
     requests = [r for r in requests if (r.id, r.sample) not in done]
+    scored = [entry for entry in scored if (entry.get("id"), entry.get("sample")) not in done]
     ends = [len(r.prompt_ids) + r.max_new_tokens for r in requests]
+    ends += [len(entry["prompt_ids"] + entry["tokens"]) for entry in scored]
     length = model.config.context if args.interactive else max(ends, default=1)
     set_up(model, args.compile, args.compile_prefill)
     start = time.perf_counter()
-    if args.compile or args.compile_prefill:
+    if args.compile or args.compile_prefill or args.deterministic:
         warm_up(model, args.batch_size, length)
     compile_s = time.perf_counter() - start
     engine = Engine(model, tokenizer, args.batch_size, length, args.prefill_chunk)
     with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profile:
-        converse(engine, args) if args.interactive else run(engine, requests, args)
+        if args.interactive:
+            converse(engine, args)
+        else:
+            rescore(engine, scored, args) if args.score else run(engine, requests, args)
     if profile:
         profile.export_chrome_trace(args.profile)
     if not args.interactive:

@@ -333,14 +333,14 @@ class LeafPacked(Packed):
         return y.view(*x.shape[:-1], -1)
 
 
-@opaque("norm(Tensor x) -> Tensor", lambda x: x.new_empty(*x.shape[:-1], 1))
-def norm(x):
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # row by row the same
+@opaque("root_mean_square(Tensor x, float eps) -> Tensor", lambda x, eps: x.new_empty(*x.shape[:-1], 1))
+def root_mean_square(x, eps):
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).sqrt_()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The sum is what a compiler may reorder; what is left rounds alike everywhere."""
-    return x / torch.sqrt(norm(x).square() / x.shape[-1] + eps) * weight
+    """Opaque is what a compiler reorders or rounds in its own way: sums, roots, divisions by a constant, exp."""
+    return x / root_mean_square(x, eps) * weight
 
 
 @opaque("exp(Tensor x) -> Tensor", lambda x: torch.empty_like(x))
