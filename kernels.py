@@ -12,6 +12,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,9 @@ def causal(b, h, q_idx, kv_idx):
 
 def sliding_window(window: int) -> Callable:
     """Causal, and only the last `window` keys, the query's own among them."""
-    return lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx < window)
+    mask_mod = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx < window)
+    mask_mod.window = window
+    return mask_mod
 
 
 @dataclass(frozen=True)
@@ -397,16 +400,251 @@ def invariant_attention(q, k, v, k_cache, v_cache, pos, bias, limit_T, scale):
 invariant_cpu_attention = opaque("invariant_attention" + ATTENTION_SCHEMA, _attention_shape)(invariant_attention)
 
 
+# The same on a GPU, in Triton: a dot adds to one fp32 accumulator in ascending k, BLOCK_K at a time at every M, so the
+# bits depend on neither the shape of a tile nor its warps. FMA contraction is off, as it may differ between kernels.
+
+
+@functools.cache
+def triton_kernels() -> SimpleNamespace:
+    """Triton is imported when a GPU asks for it. What a kernel calls is global: its compiler also finds what is in a
+    closure, but its interpreter executes the source again in the globals. What varies from call to call is not
+    specialized, because Triton may give another kernel another layout, in which sums have another order."""
+    global tl, merge
+    import triton
+    import triton.language as tl
+
+    @triton.jit(do_not_specialize=["M"])
+    def linear(x, w, scale, zero, bias, y, M, N, K, leaf, GROUP: tl.constexpr, PER_BYTE: tl.constexpr,
+               BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+        """One leaf of one tile of y. The weight is the left operand, where wgmma wants 64 rows: it serves every M."""
+        n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+        m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[None, :]
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for start in range(tl.program_id(2) * leaf, (tl.program_id(2) + 1) * leaf, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            a = tl.load(x + m * K + k[:, None], mask=m < M, other=0)
+            b = tl.load(w + n * (K // PER_BYTE) + k[None, :] // PER_BYTE, mask=n < N, other=0)
+            if scale is not None:
+                b = ((b >> (k[None, :] % 2 * 4)) & 15 if PER_BYTE == 2 else b).to(tl.float32)
+                group = n * (K // GROUP) + start // GROUP
+                if zero is not None:
+                    b -= tl.load(zero + group, mask=n < N, other=0).to(tl.float32)
+                b = (b * tl.load(scale + group, mask=n < N, other=0).to(tl.float32)).to(a.dtype)
+            acc = tl.dot(b, a, acc, input_precision="ieee")
+        if bias is not None:
+            acc += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
+        at = tl.program_id(2).to(tl.int64) * M * N + m * N + n
+        tl.store(y + at, acc.to(y.dtype.element_ty), mask=(m < M) & (n < N))
+
+    @triton.jit(do_not_specialize=["size"])
+    def add_leaves(parts, bias, y, size, N, LEAVES: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        total = tl.load(parts + i, mask=i < size, other=0)
+        for leaf in tl.static_range(1, LEAVES if LEAVES % 2 else 1):
+            total += tl.load(parts + i + leaf * size, mask=i < size, other=0)
+        if LEAVES % 2 == 0:
+            at = tl.arange(0, LEAVES)[:, None] * size + i[None, :]
+            tree = tl.load(parts + at, mask=(i < size)[None, :], other=0)
+            for level in tl.static_range(1, 4):  # a sum of two neighbours has one order
+                if LEAVES >> level:
+                    tree = tl.sum(tl.reshape(tree, (LEAVES >> level, 2, BLOCK)), 1)
+            total = tl.reshape(tree, (BLOCK,))
+        if bias is not None:
+            total += tl.load(bias + i % N, mask=i < size, other=0).to(tl.float32)
+        tl.store(y + i, total.to(y.dtype.element_ty), mask=i < size)
+
+    @triton.jit
+    def merge(top, total, acc, top_2, total_2, acc_2):
+        """Softmax over two sets of keys, each given as its highest score in log2, the sum of its weights relative to
+        that, and the weighted sum of its values. A set without keys (-inf, 0, 0) changes no bits of the other."""
+        both = tl.maximum(top, top_2)
+        safe = tl.where(both == float("-inf"), 0.0, both)
+        old, new = tl.exp2(top - safe), tl.exp2(top_2 - safe)
+        return both, total * old + total_2 * new, acc * old[:, None] + acc_2 * new[:, None]
+
+    @triton.jit(do_not_specialize=["T", "L", "window"])
+    def attention(q, k_cache, v_cache, pos, y, stats, parts, T, L, window, scale, G: tl.constexpr, GROUP: tl.constexpr,
+        D: tl.constexpr, SPLIT: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+        """A block of rows, the queries of one KV head, over all their splits; where `parts` is given, over one."""
+        b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+        r, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, D_PAD)
+        t, row = r // GROUP, (b * T + r // GROUP) * (G * GROUP) + g * GROUP + r % GROUP
+        p = tl.load(pos + b * T + t, mask=t < T, other=-1).to(tl.int32)  # rows of padding see nothing
+        last = tl.max(p, 0)
+        first = tl.maximum(tl.min(tl.where(t < T, p, last), 0) - window + 1, 0)
+        at, real = row[:, None] * D + d[None, :], (t < T)[:, None] & (d < D)[None, :]
+        queries = tl.load(q + at, mask=real, other=0)
+        empty, none, zero = (
+            tl.full((ROWS,), float("-inf"), tl.float32),
+            tl.zeros((ROWS,), tl.float32),
+            tl.zeros((ROWS, D_PAD), tl.float32),
+        )
+        top, total, acc = empty, none, zero
+        begin, end = first // SPLIT, last // SPLIT + 1
+        if parts is not None:
+            begin, end = tl.program_id(2), tl.program_id(2) + 1
+        for split in range(begin, end):
+            top_s, total_s, acc_s = empty, none, zero
+            start = tl.maximum(split * SPLIT, first // TILE * TILE)
+            for key in range(start, tl.minimum(split * SPLIT + SPLIT, last + 1), TILE):
+                j = key + tl.arange(0, TILE)
+                cell, there = (b * G + g) * L * D + j[:, None] * D + d[None, :], (j <= last)[:, None] & (d < D)[None, :]
+                keys, values = (
+                    tl.load(k_cache + cell, mask=there, other=0),
+                    tl.load(v_cache + cell, mask=there, other=0),
+                )
+                scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+                back = p[:, None] - j[None, :]
+                scores = tl.where((back >= 0) & (back < window), scores, float("-inf"))
+                both = tl.maximum(top_s, tl.max(scores, 1))
+                safe = tl.where(both == float("-inf"), 0.0, both)
+                weights, old = tl.exp2(scores - safe[:, None]), tl.exp2(top_s - safe)
+                top_s, total_s = both, total_s * old + tl.sum(weights, 1)
+                acc_s = tl.dot(weights.to(values.dtype), values, acc_s * old[:, None], input_precision="ieee")
+            top, total, acc = merge(top, total, acc, top_s, total_s, acc_s)
+        if parts is not None:
+            row += tl.program_id(2) * (tl.num_programs(1) // G) * T * (G * GROUP)
+            tl.store(stats + 2 * row, top, mask=t < T)
+            tl.store(stats + 2 * row + 1, total, mask=t < T)
+            tl.store(parts + row[:, None] * D + d[None, :], acc, mask=real)
+        else:
+            tl.store(y + at, (acc / total[:, None]).to(y.dtype.element_ty), mask=real)
+
+    @triton.jit(do_not_specialize=["rows", "window"])
+    def combine(
+        pos, y, stats, parts, rows, window, H: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, D_PAD: tl.constexpr
+    ):
+        """One row's splits, in ascending order."""
+        row, d = tl.program_id(0).to(tl.int64) + tl.arange(0, 1), tl.arange(0, D_PAD)[None, :]
+        p = tl.load(pos + tl.program_id(0) // H).to(tl.int32)
+        top, total, acc = (
+            tl.full((1,), float("-inf"), tl.float32),
+            tl.zeros((1,), tl.float32),
+            tl.zeros((1, D_PAD), tl.float32),
+        )
+        for split in range(tl.maximum(p - window + 1, 0) // SPLIT, p // SPLIT + 1):
+            at = row + split * rows
+            part = tl.load(parts + at[:, None] * D + d, mask=d < D, other=0)
+            top, total, acc = merge(top, total, acc, tl.load(stats + 2 * at), tl.load(stats + 2 * at + 1), part)
+        tl.store(y + row[:, None] * D + d, (acc / total[:, None]).to(y.dtype.element_ty), mask=d < D)
+
+    @triton.jit(do_not_specialize=["x"])
+    def rms_norm(x, weight, y, n, eps, BLOCK: tl.constexpr):
+        at, j = tl.program_id(0).to(tl.int64) * n, tl.arange(0, BLOCK)
+        row = tl.load(x + at + j, mask=j < n, other=0).to(tl.float32)
+        row = row / tl.sqrt(tl.sum(row * row, 0) / n + eps) * tl.load(weight + j, mask=j < n, other=0)
+        tl.store(y + at + j, row.to(y.dtype.element_ty), mask=j < n)
+
+    @triton.jit(do_not_specialize=["x"])
+    def log_softmax(x, y, n, BLOCK: tl.constexpr):
+        at, j = tl.program_id(0).to(tl.int64) * n, tl.arange(0, BLOCK)
+        top, total = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for i in range(0, n, BLOCK):
+            top = tl.maximum(top, tl.load(x + at + i + j, mask=i + j < n, other=float("-inf")).to(tl.float32))
+        highest = tl.max(top, 0)
+        for i in range(0, n, BLOCK):
+            total += tl.exp(tl.load(x + at + i + j, mask=i + j < n, other=float("-inf")).to(tl.float32) - highest)
+        log_sum = tl.log(tl.sum(total, 0))
+        for i in range(0, n, BLOCK):
+            row = tl.load(x + at + i + j, mask=i + j < n, other=0).to(tl.float32)
+            tl.store(y + at + i + j, row - highest - log_sum, mask=i + j < n)
+
+    return SimpleNamespace(**locals())
+
+
+class TritonPacked(Packed):
+    """A weight on a GPU, as it is or quantized: int8 [N, K], or uint8 [N, K / 2] of two numbers, the low nibble at
+    the even k. Such a weight is (q - zero) * scale, with scale and zero [N, K / group], where None is zero."""
+
+    LAUNCHES = {  # by the most rows M; only what changes no bits. Shared memory fits 99 KB, which is sm_89
+        16: {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4},
+        64: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4},
+        math.inf: {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+    }
+
+    def __init__(self, weight, bias=None, leaves=1, scale=None, zero=None):
+        super().__init__(weight, bias)
+        self.weight, self.opaque, self.leaves, self.scale, self.zero = weight.contiguous(), True, leaves, scale, zero
+        self.nbytes += sum(t.nbytes for t in (scale, zero) if t is not None)
+
+    def __call__(self, x):
+        kernels, N, K, x_MK = triton_kernels(), self.out_features, x.shape[-1], x.reshape(-1, x.shape[-1]).contiguous()
+        M, y = len(x_MK), x.new_empty(*x.shape[:-1], N)
+        parts = y if self.leaves == 1 else x.new_empty(self.leaves, M, N, dtype=torch.float32)
+        launch = next(launch for most, launch in self.LAUNCHES.items() if M <= most)
+        grid = -(-N // launch["BLOCK_N"]), -(-M // launch["BLOCK_M"]), self.leaves
+        leaf, group = K // self.leaves, K if self.scale is None else K // self.scale.shape[1]
+        block_k = math.gcd(128 // x.itemsize, leaf, group)  # no block straddles a leaf or a group
+        args = x_MK, self.weight, self.scale, self.zero, self.bias if self.leaves == 1 else None, parts
+        sizes = M, N, K, leaf, group, K // self.weight.shape[1], block_k
+        kernels.linear[grid](*args, *sizes, **launch, enable_fp_fusion=False)
+        if self.leaves > 1:
+            kernels.add_leaves[(-(-M * N // 256),)](parts, self.bias, y, M * N, N, self.leaves, 256)
+        return y
+
+
+FULL = 1 << 30  # a window that no text fills
+
+
+def window_mask(mask_mod: Callable, pos_BT: Tensor, span: int, n_heads: int, dtype: torch.dtype):
+    """On a GPU, where the kernel computes the mask, the window; on a CPU a dense mask."""
+    if not pos_BT.is_cuda:
+        return dense_mask(mask_mod, pos_BT, span, n_heads, dtype)
+    window = FULL if mask_mod is causal else getattr(mask_mod, "window", None)
+    if window is None:
+        raise ValueError(f"on a GPU, deterministic attention is causal or a sliding_window, not {mask_mod}")
+    return window
+
+
+TRITON_SCHEMA = ATTENTION_SCHEMA.replace("Tensor bias, Tensor limit", "int window")
+
+
+@opaque("triton_attention" + TRITON_SCHEMA, _attention_shape)
+def triton_attention(q, k, v, k_cache, v_cache, pos, window, scale):
+    write_cache(k, v, k_cache, v_cache, pos)
+    (B, T, H, D), (_, G, L, _), kernels = q.shape, k_cache.shape, triton_kernels()
+    q, pos, y, splits, rows = q.contiguous(), pos.contiguous(), q.new_empty(B, T, H * D), -(-L // SPLIT), B * T * H
+    # One program for each split where a program would be alone with them; its results are merged by `combine`.
+    alone, stats, parts = splits > 1 and T * H // G <= 64, None, None
+    if alone:
+        stats, parts = (q.new_empty(splits, rows, n, dtype=torch.float32) for n in (2, D))
+    sizes, pad = (D, SPLIT, max(16, 1 << (D - 1).bit_length())), {"enable_fp_fusion": False, "num_warps": 4}
+    grid, args = (-(-T * H // G // 64), B * G, splits if alone else 1), (q, k_cache, v_cache, pos, y, stats, parts)
+    stages = {"num_stages": 2 if q.itemsize == 2 else 1}
+    kernels.attention[grid](*args, T, L, window, scale * math.log2(math.e), G, H // G, *sizes, 64, 64, **pad, **stages)
+    if alone:
+        kernels.combine[(rows,)](pos, y, stats, parts, rows, window, H, *sizes, **pad)
+    return y
+
+
+@opaque("triton_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, *others: x.new_empty(x.shape))
+def triton_rms_norm(x, weight, eps):
+    x, y, n = x.contiguous(), x.new_empty(x.shape), x.shape[-1]
+    triton_kernels().rms_norm[(x.numel() // n,)](x, weight, y, n, eps, 1 << (n - 1).bit_length())
+    return y
+
+
+@opaque("triton_log_softmax(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape, dtype=torch.float32))
+def triton_log_softmax(x):
+    x, y, n = x.contiguous(), x.new_empty(x.shape, dtype=torch.float32), x.shape[-1]
+    triton_kernels().log_softmax[(x.numel() // n,)](x, y, n, 4096)
+    return y
+
+
+def deterministic_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
+    if q.is_cuda:
+        return triton_attention(q, k, v, k_cache, v_cache, pos, mask, scale)
+    return invariant_cpu_attention(q, k, v, k_cache, v_cache, pos, *mask, scale)
+
+
 BATCH_INVARIANT = Ops(
-    pack=LeafPacked,
+    pack=lambda weight, *args: (TritonPacked if weight.is_cuda else LeafPacked)(weight, *args),
     linear=linear,
-    rms_norm=rms_norm,
+    rms_norm=lambda x, weight, eps: (triton_rms_norm if x.is_cuda else rms_norm)(x, weight, eps),
     silu_mul=silu_mul,
-    mask=dense_mask,
-    attention=lambda q, k, v, k_cache, v_cache, pos, mask, scale: invariant_cpu_attention(
-        q, k, v, k_cache, v_cache, pos, *mask, scale
-    ),
-    log_softmax=log_softmax,
+    mask=window_mask,
+    attention=deterministic_attention,
+    log_softmax=lambda logits: (triton_log_softmax if logits.is_cuda else log_softmax)(logits),
     key_block=64,
     compile_options={"emulate_precision_casts": True},
 )

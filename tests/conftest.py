@@ -8,6 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: without a GPU its kernels run in NumPy
+
 from generate import DEFAULT_CHECKPOINT  # noqa: E402
 from scripts.download import fetch_default  # noqa: E402
 

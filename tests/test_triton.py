@@ -1,0 +1,320 @@
+"""The Triton kernels against fp64, and their order of summation bit by bit: in Triton's interpreter where there is no
+GPU (conftest.py switches it on), with a dot that adds as a GPU does."""
+
+import functools
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import kernels
+from kernels import FULL, TritonPacked, add_leaves, causal, sliding_window
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Of the largest output. The interpreter rounds to bfloat16 by truncation, so half precision is where that would count.
+TOLERANCE = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 1.5e-2}
+HALVES = (torch.float32, torch.float16)
+BIG, TINY = 1024.0, 2.0**-15  # in fp32, BIG + TINY is BIG
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Outputs and workspaces start as NaN, so that a result shows what was never written."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(*args, **kwargs):
+        x = new_empty(*args, **kwargs)
+        return x.fill_(math.nan) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def dot_in_ascending_k(monkeypatch):
+    """The interpreter gives a dot to BLAS, where a row's bits depend on its place, and takes bfloat16 for integers."""
+
+    def number(x):
+        return (
+            (x.data.astype(np.uint32) << 16).view(np.float32) if x.dtype.name == "bf16" else x.data.astype(np.float32)
+        )
+
+    def dot(self, a, b, acc, *settings):
+        a, b, total = number(a), number(b), acc.data.copy()
+        for k in range(a.shape[1]):
+            total += a[:, k, None] * b[k]
+        return interpreter.TensorHandle(total, acc.dtype.scalar)
+
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def assert_close(got, want):
+    assert (got.double() - want).abs().max() <= TOLERANCE[got.dtype] * want.abs().max()
+
+
+def bits(x):
+    """The bits of floating point numbers: -0 and 0 told apart."""
+    return x.contiguous().view({4: torch.int32, 2: torch.int16}[x.element_size()])
+
+
+def same(a, b):
+    return torch.equal(bits(a), bits(b))
+
+
+def test_packed_kernels_stay_behind_the_import_of_triton():
+    with open(kernels.__file__) as f:
+        lines = [line for line in f if "import triton" in line]
+    assert lines and all(line.startswith("    ") for line in lines)
+
+
+# Linear
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("M", "N", "K", "leaves", "bias"),
+    [
+        (1, 70, 160, 1, True),
+        (1, 64, 96, 3, False),
+        (3, 33, 512, 8, True),
+        (16, 1, 64, 2, True),
+        (17, 130, 96, 1, False),
+        (65, 129, 192, 2, True),
+        (130, 40, 224, 7, False),
+    ],
+)
+def test_linear_against_fp64(M, N, K, leaves, bias, dtype):
+    x, w, b = randn(M, K, dtype=dtype), randn(N, K, dtype=dtype), randn(N, dtype=dtype) * 9 if bias else None
+    want = x.double() @ w.double().T + (b.double() if bias else 0)
+    assert_close(TritonPacked(w, b, leaves)(x), want)
+    assert_close(TritonPacked(w, b, leaves)(x.view(M, 1, 1, K)).view(M, N), want)
+
+
+def quantized(N, K, bits, group, with_zero):
+    """A random weight of TritonPacked's layout, and what it stands for, in fp32."""
+    low, high = (0, 16) if bits == 4 else (-128, 128)
+    q = torch.randint(low, high, (N, K)).to(DEVICE)
+    scale = (torch.rand(N, K // group) + 0.5).to(DEVICE) / high
+    zero = torch.randint(low, high, (N, K // group)).float().to(DEVICE) if with_zero else None
+    spread = lambda per_group: per_group.repeat_interleave(group, dim=1)
+    weight = (q.float() - (spread(zero) if with_zero else 0)) * spread(scale)
+    packed = (q[:, ::2] | q[:, 1::2] << 4).to(torch.uint8) if bits == 4 else q.to(torch.int8)
+    return packed, scale, zero, weight
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("bits", "group", "leaves", "with_zero"),
+    [(8, 256, 1, False), (8, 256, 2, False), (8, 32, 8, False), (4, 32, 2, True), (4, 64, 1, True), (4, 128, 2, False)],
+)
+def test_quantized_linear_is_the_linear_of_the_rounded_weight(bits, group, leaves, with_zero, dtype):
+    q, scale, zero, weight = quantized(70, 256, bits, group, with_zero)
+    for M in (1, 18):
+        x, bias = randn(M, 256, dtype=dtype), randn(70, dtype=dtype)
+        y = TritonPacked(q, bias, leaves, scale, zero)(x)
+        assert_close(y, x.double() @ weight.to(dtype).double().T + bias.double())
+        if group >= 64:  # or the blocks along K are shorter
+            assert same(y, TritonPacked(weight.to(dtype), bias, leaves)(x))
+
+
+def probe(values, leaves, K):
+    """A product whose leaves sum to `values`: of a row of ones with a weight that has each value once, somewhere."""
+    w, leaf = torch.zeros(1, K), K // leaves
+    for i, value in enumerate(values):
+        w[0, i * leaf + 7 * i % leaf] = value
+    return TritonPacked(w.to(DEVICE), None, leaves)(torch.ones(1, K, device=DEVICE)).item()
+
+
+@pytest.mark.parametrize("leaves", [2, 3, 4, 5, 7, 8])
+def test_leaves_are_added_in_the_fixed_tree(leaves):
+    left_to_right = 0
+    for places in itertools.permutations(range(leaves), min(leaves, 3)):
+        values = [torch.zeros(()) for _ in range(leaves)]
+        for place, value in zip(places, (BIG, -BIG, TINY), strict=False):
+            values[place] = torch.tensor(value)
+        got = probe(values, leaves, 32 * leaves)
+        assert got == add_leaves(values, None, torch.float32).item()
+        left_to_right += got == functools.reduce(torch.add, values).item()
+    # A negative control: from left to right is another order wherever there is a tree.
+    total = math.perm(leaves, min(leaves, 3))
+    assert (left_to_right < total) == (leaves in (4, 8))
+
+
+def test_one_leaf_is_added_in_ascending_k():
+    for places in itertools.permutations(range(5), 3):
+        w = torch.zeros(1, 160)
+        for place, value in zip(places, (BIG, -BIG, TINY), strict=True):
+            w[0, 32 * place] = value  # fp32 walks 32 at a time
+        got = TritonPacked(w.to(DEVICE))(torch.ones(1, 160, device=DEVICE)).item()
+        assert got == (TINY if places[2] > max(places[:2]) else 0)
+
+
+def test_bias_is_added_once_and_after_the_tree():
+    w, x = torch.zeros(1, 256, device=DEVICE), torch.ones(1, 256, device=DEVICE)
+    w[0, 0], w[0, 128] = BIG, -BIG
+    assert TritonPacked(w, torch.full((1,), TINY, device=DEVICE), 8)(x).item() == TINY
+
+
+@pytest.mark.parametrize("leaves", [1, 8])
+def test_a_row_keeps_its_bits_among_others(leaves):
+    x, packed = randn(130, 512), TritonPacked(randn(70, 512), None, leaves)
+    want = packed(x)
+    for M in (1, 2, 7, 15, 16, 17, 33, 64, 65, 130):
+        assert same(packed(x[:M]), want[:M])
+        assert same(packed(x[:M].flip(0)), want[:M].flip(0))
+
+
+def test_another_order_of_leaves_changes_bits():
+    """The negative control of the two tests above."""
+    x, w = randn(4, 512), randn(70, 512)
+    order = torch.tensor([0, 2, 1, 3, 4, 5, 6, 7])
+    moved = [t.view(-1, 8, 64)[:, order].reshape(t.shape) for t in (x, w)]
+    assert not same(TritonPacked(w, None, 8)(x), TritonPacked(moved[1], None, 8)(moved[0]))
+
+
+# Attention
+
+
+def attention_case(pos, T, G, group, D, L, dtype=torch.float32):
+    """Random queries, keys and values of rows whose new tokens begin at `pos`, over a cache that ends in NaN."""
+    pos_BT = torch.tensor(pos, device=DEVICE)[:, None] + torch.arange(T, device=DEVICE)
+    q, k, v = (randn(len(pos), T, heads, D, dtype=dtype) for heads in (G * group, G, G))
+    caches = [randn(len(pos), G, L, D, dtype=dtype) for _ in "kv"]
+    for cache in caches:
+        for b, first in enumerate(pos):
+            cache[b, :, first:] = math.nan
+    return q, k, v, *caches, pos_BT
+
+
+def run(case, window=FULL):
+    q, k, v, k_cache, v_cache, pos = case
+    return kernels.triton_attention(q, k, v, k_cache.clone(), v_cache.clone(), pos, window, q.shape[3] ** -0.5)
+
+
+def attention_in_fp64(case, window):
+    q, k, v, k_cache, v_cache, pos = (x.double() if x.is_floating_point() else x for x in case)
+    kernels.write_cache(k, v, k_cache, v_cache, pos)
+    group, end = q.shape[2] // k.shape[2], int(pos.max()) + 1
+    keys, values = (x[:, :, :end].nan_to_num().repeat_interleave(group, dim=1) for x in (k_cache, v_cache))
+    back = pos[:, None, :, None] - torch.arange(end, device=DEVICE)
+    scores = q.transpose(1, 2) @ keys.mT * q.shape[3] ** -0.5
+    scores = scores.masked_fill((back < 0) | (back >= window), -math.inf)
+    return (scores.softmax(-1) @ values).transpose(1, 2).flatten(2)
+
+
+CASES = {
+    "one token": ([0], 1, 1, 1, 16, 64),
+    "short prompt, ragged rows": ([0, 3], 37, 2, 3, 16, 64),
+    "decode at several positions": ([5, 511, 512, 1030], 1, 2, 3, 32, 1088),
+    "verify over a split's edge": ([508, 100], 9, 1, 4, 128, 1024),
+    "prefill over splits": ([500], 70, 1, 1, 96, 640),
+    "a chunk behind 1000 keys": ([1000], 30, 1, 4, 64, 1030),
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("window", [FULL, 21, 600])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_attention_against_fp64(case, window, dtype):
+    case = attention_case(*case, dtype)
+    assert_close(run(case, window), attention_in_fp64(case, window))
+
+
+def piece(case, rows, tokens):
+    """What these rows and new tokens are given when their predecessors are in the cache."""
+    q, k, v, k_cache, v_cache, pos = case
+    k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    kernels.write_cache(k[:, : tokens.start], v[:, : tokens.start], k_cache, v_cache, pos[:, : tokens.start])
+    return tuple(x[rows, tokens] for x in (q, k, v)) + (k_cache[rows], v_cache[rows], pos[rows, tokens])
+
+
+@pytest.mark.parametrize("window", [FULL, 21, 530])
+@pytest.mark.parametrize(("G", "group"), [(2, 1), (1, 3), (1, 4)])
+def test_decode_verify_and_chunks_have_the_bits_of_prefill(G, group, window):
+    case = attention_case([490, 958], 72, G, group, 16, 1088)
+    whole = run(case, window)
+    both, first, second = slice(0, 2), slice(0, 1), slice(1, 2)
+    pieces = [(both, t, t + 1) for t in (0, 21, 22, 53, 71)]  # 511 and 512 among them, and 1011
+    pieces += [(second, t, t + 1) for t in (65, 66)] + [(both, 20, 25), (second, 60, 69), (first, 3, 72)]
+    pieces += [(both, 0, 70), (second, 5, 72)]
+    for rows, start, end in pieces:
+        assert same(run(piece(case, rows, slice(start, end)), window), whole[rows, start:end]), (rows, start, end)
+
+
+def test_another_split_size_changes_bits(monkeypatch):
+    """The negative control of the test above, in prefill, and in decode, where only the last 9 tokens are new."""
+    case = attention_case([958], 72, 1, 3, 16, 1088)
+    want = run(case)
+    monkeypatch.setattr(kernels, "SPLIT", 256)
+    assert not same(run(case), want)
+    assert not same(run(piece(case, slice(0, 1), slice(63, 72))), want[:, 63:])
+
+
+def test_both_ways_through_attention_were_taken(monkeypatch):
+    taken, kernel = [], kernels.triton_kernels()
+    spy = SimpleNamespace(**vars(kernel) | {"combine": {}})
+
+    class Combine:
+        def __getitem__(self, grid):
+            taken.append(grid)
+            return kernel.combine[grid]
+
+    spy.combine = Combine()
+    monkeypatch.setattr(kernels, "triton_kernels", lambda: spy)
+    run(attention_case([958], 72, 1, 3, 16, 1088))
+    assert not taken
+    run(attention_case([958], 9, 1, 3, 16, 1088))
+    assert taken == [(27,)]
+
+
+def test_on_a_gpu_only_windows_can_be_masks():
+    pos = SimpleNamespace(is_cuda=True)
+    mask = functools.partial(kernels.BATCH_INVARIANT.mask, pos_BT=pos, span=64, n_heads=1, dtype=torch.float32)
+    assert (mask(causal), mask(sliding_window(21))) == (FULL, 21)
+    with pytest.raises(ValueError, match="causal or a sliding_window"):
+        mask(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx)
+
+
+# One row at a time
+
+
+@pytest.mark.parametrize("n", [16, 77, 128, 5000])
+def test_rms_norm_against_fp64(n):
+    x, weight = randn(2, 5, n)[:, 1:], randn(n)
+    want = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    got = kernels.triton_rms_norm(x, weight, 1e-5)
+    assert_close(got, want)
+    assert all(same(kernels.triton_rms_norm(x[b, t], weight, 1e-5), got[b, t]) for b in range(2) for t in range(4))
+
+
+@pytest.mark.parametrize("n", [5, 4096, 9001])
+def test_log_softmax_against_fp64(n):
+    logits = randn(3, n) * 5
+    logits[1, n // 2 :] = -math.inf
+    want, got = logits.double().log_softmax(-1), kernels.triton_log_softmax(logits)
+    assert torch.equal(got == -math.inf, want == -math.inf)
+    assert_close(got[want > -math.inf], want[want > -math.inf])
+    assert all(same(kernels.triton_log_softmax(logits[i : i + 1]), got[i : i + 1]) for i in range(3))
+
+
+def test_compiled_graphs_call_the_kernels_whole():
+    packed, case = TritonPacked(randn(48, 48), None, 1), attention_case([3], 5, 1, 3, 16, 64)
+
+    def layer(q, k, v, k_cache, v_cache, pos):
+        y = kernels.triton_attention(q, k, v, k_cache, v_cache, pos, FULL, 0.25)
+        y = kernels.triton_rms_norm(kernels.linear(y, packed), packed.weight[0], 1e-5)
+        return kernels.triton_log_softmax(y)
+
+    want = layer(*(x.clone() for x in case))
+    caches = [x.clone() for x in case]
+    assert same(torch.compile(layer, backend="aot_eager", fullgraph=True)(*caches), want)
+    assert not caches[3][:, :, :8].isnan().any()  # what the op wrote is in the cache that it was given
