@@ -393,15 +393,19 @@ def warm_up(model: Transformer, batch_size: int, length: int) -> None:
     list(engine.generate([Request(0, "", [0, 0], max_new_tokens=4)] * batch_size))
 
 
+def read_text(flag: str, path: Path) -> str:
+    try:
+        return (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode()
+    except (OSError, ValueError) as e:
+        raise InputError(f"{flag} {path} cannot be read: {e}") from e
+
+
 def read_prompts(args: argparse.Namespace) -> list[dict]:
     """The prompts of the file or the flags, as dicts of id, prompt and what a line may set: seed, max_new_tokens."""
     if not (path := args.prompts_file):
         texts = args.prompt or ["128" if args.random_weights else "Hello, my name is"]
         return [{"id": i, "prompt": text} for i, text in enumerate(texts)]
-    try:
-        text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode()
-    except (OSError, ValueError) as e:
-        raise InputError(f"--prompts_file {path} cannot be read: {e}") from e
+    text = read_text("--prompts_file", path)
     is_json = path.suffix == ".jsonl" or (str(path) == "-" and text.lstrip().startswith('{"'))
     kinds, prompts = {"prompt": [str], "id": [str, int], "seed": [int], "max_new_tokens": [int]}, {}
     for i, line in [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]:
@@ -473,12 +477,8 @@ def report(engine: Engine, load_s: float, compile_s: float, as_json: bool) -> No
 
 def read_completions(path: Path, config: ModelConfig) -> list[dict]:
     """The completions of a .jsonl file, its stats line left out, checked against the model; raises InputError."""
-    entries = []
-    try:
-        lines = path.read_bytes().decode().split("\n")
-    except (OSError, ValueError) as e:
-        raise InputError(f"--score {path} cannot be read: {e}") from e
-    for i, line in [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]:
+    entries, lines = [], enumerate(read_text("--score", path).split("\n"), start=1)
+    for i, line in [(i, line) for i, line in lines if line.strip()]:
         try:
             entry = json.loads(line)
             if "stats" in entry:
@@ -488,8 +488,7 @@ def read_completions(path: Path, config: ModelConfig) -> list[dict]:
             if not fits or any(type(x) is not int or not 0 <= x < config.vocab_size for x in ids):
                 raise ValueError(f"expected 1 to {config.context} ids from 0 to {config.vocab_size - 1}")
         except (ValueError, TypeError, KeyError) as e:
-            reason = f"{e} is missing" if isinstance(e, KeyError) else e
-            raise InputError(f"--score {path}, line {i} is no completion that this model can score: {reason}") from e
+            raise InputError(f"--score {path}, line {i} is no completion that this model can score: {e}") from e
         entries.append(entry)
     return entries or refuse(f"--score {path} has no completion")
 
@@ -498,11 +497,9 @@ def rescore(engine: Engine, entries: list[dict], args: argparse.Namespace) -> No
     """Print each completion as it was read, with logprobs recomputed by prefill, and append it to --output."""
     with open(args.output or os.devnull, "a", encoding="utf-8") as file:
         for entry in entries:
-            line = json.dumps(
-                entry | {"logprobs": engine.score(entry["prompt_ids"], entry["tokens"])}, ensure_ascii=False
-            )
-            print(line, file=file, flush=True)
-            print(line, flush=True)
+            scored = entry | {"logprobs": engine.score(entry["prompt_ids"], entry["tokens"])}
+            for out in (file, sys.stdout):
+                print(json.dumps(scored, ensure_ascii=False), file=out, flush=True)
 
 
 def run(engine: Engine, requests: list[Request], args: argparse.Namespace) -> None:

@@ -107,14 +107,14 @@ def fast_silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def dense_mask(mask_mod: Callable, pos_BT: Tensor, span: int, n_heads: int, dtype: torch.dtype) -> tuple:
+def dense_mask(mask_mod: Callable, pos_BT: Tensor, span: int, n_heads: int, dtype: torch.dtype) -> list[Tensor]:
     """A mask_mod written out, once for all layers: 0 where a query may look and -inf elsewhere [B, 1 or H, T, span],
     and one past the last key that any row's query t sees [T]."""
     b, h, keys = (torch.arange(n, device=pos_BT.device) for n in (pos_BT.shape[0], n_heads, span))
     keep = mask_mod(b[:, None, None, None], h[:, None, None], pos_BT[:, None, :, None], keys)
     bias = torch.zeros(keep.shape, device=pos_BT.device, dtype=dtype).masked_fill_(~keep, float("-inf"))
     torch._dynamo.maybe_mark_dynamic(bias, 3)  # the span grows with the text: one graph for all
-    return bias, (keep.flatten(0, 1).any(0) * (keys + 1)).amax(-1)
+    return [bias, (keep.flatten(0, 1).any(0) * (keys + 1)).amax(-1)]
 
 
 def write_cache(k_BTGD: Tensor, v_BTGD: Tensor, k_cache: Tensor, v_cache: Tensor, pos_BT: Tensor) -> None:
@@ -178,15 +178,21 @@ def _attend_block(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, rows_BGTH: tupl
     return y[:, :rows] if rows < least else y
 
 
-def dense_attention(q, k, v, k_cache, v_cache, pos, bias, limit_T, scale):
+def attention_op(name: str, mask_type: str) -> Callable:
+    schema = f"Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pos, {mask_type} mask"
+    return opaque(f"{name}({schema}, float scale) -> Tensor", lambda q, *_: q.new_empty(*q.shape[:2], q[0, 0].numel()))
+
+
+@attention_op("fast_attention", "Tensor[]")
+def fast_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
     """SDPA with the query heads of one KV head folded into the query length, so that no key is copied: on a CPU
     5 times faster than enable_gqa at one row and 2,048 keys. `attend` is 3 times as fast for long prompts in half
     precision on a CPU without AMX, and ahead in large batches."""
     write_cache(k, v, k_cache, v_cache, pos)
-    (B, T, H, D), G, span = q.shape, k_cache.shape[1], bias.shape[-1]
+    (B, T, H, D), G, bias, span = q.shape, k_cache.shape[1], mask[0], mask[0].shape[-1]
     k, v = k_cache.narrow(2, 0, span), v_cache.narrow(2, 0, span)
     if (B * T >= 16 or T > 32) and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return attend(q, k, v, bias, limit_T, scale, Tiling())
+        return attend(q, k, v, *mask, scale, Tiling())
     if T == 1 and bias.shape[1] == 1:
         return F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v, bias, scale=scale).view(B, T, H * D)
     q = q.unflatten(2, (G, H // G)).transpose(1, 2)
@@ -196,28 +202,6 @@ def dense_attention(q, k, v, k_cache, v_cache, pos, bias, limit_T, scale):
     return y.view(q.shape).transpose(1, 2).flatten(2)
 
 
-ATTENTION_SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pos, Tensor bias, Tensor limit,"
-    " float scale) -> Tensor"
-)
-
-
-def _attention_shape(q, *others):
-    return q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3])
-
-
-cpu_attention = opaque("fast_attention" + ATTENTION_SCHEMA, _attention_shape)(dense_attention)
-
-
-def fast_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
-    attend = cpu_attention if q.device.type == "cpu" else dense_attention
-    return attend(q, k, v, k_cache, v_cache, pos, *mask, scale)
-
-
-def log_softmax(logits: Tensor) -> Tensor:
-    return F.log_softmax(logits, dim=-1, dtype=torch.float32)
-
-
 FAST = Ops(
     pack=Packed,
     linear=linear,
@@ -225,7 +209,7 @@ FAST = Ops(
     silu_mul=fast_silu_mul,
     mask=dense_mask,
     attention=fast_attention,
-    log_softmax=log_softmax,
+    log_softmax=lambda logits: F.log_softmax(logits, dim=-1, dtype=torch.float32),
     key_block=64,
     compile_options={},
 )
@@ -270,6 +254,7 @@ class LeafPacked(Packed):
 
     PROBED = (1, 2, 3, 7, 8, 15, 16, 17, 33, 48, 64, 100, 128, 256, 500, 512)  # row counts whose bits are compared
     limits: dict[tuple, tuple[bool, int, int]] = {}  # what `probe` found, by shape and thread count
+    alone = False  # whether one row may go alone: elsewhere it takes another kernel, so it is doubled
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, leaves: int = 1):
         super().__init__(weight, bias)
@@ -289,9 +274,9 @@ class LeafPacked(Packed):
         return y.view(len(x_MK), count, count, -1).diagonal(0, 1, 2).unbind(-1)
 
     def by_leaf(self, x_MK: Tensor) -> list[Tensor]:
-        if len(self.leaves) == 1:
-            return [product(x_MK, self.leaves[0], self.bias)]
-        return [product(x, leaf) for x, leaf in zip(x_MK.chunk(len(self.leaves), 1), self.leaves, strict=True)]
+        M, bias = len(x_MK), self.bias if len(self.leaves) == 1 else None
+        parts = (x_MK if M > 1 or self.alone else x_MK.expand(2, -1)).chunk(len(self.leaves), 1)
+        return [product(x, leaf, bias)[:M] for x, leaf in zip(parts, self.leaves, strict=True)]
 
     def in_tiles(self, x_MK: Tensor, rows: int) -> list[Tensor]:
         return [torch.cat(leaf) for leaf in zip(*map(self.by_leaf, x_MK.split(rows)), strict=True)]
@@ -302,17 +287,21 @@ class LeafPacked(Packed):
             return [leaf[: len(x_MK)] for leaf in self.in_tiles(F.pad(x_MK, (0, 0, 0, -len(x_MK) % 16)), 16)]
 
     def probe(self) -> tuple[bool, int, int]:
-        """Whether one row may go alone; the most rows that `beside` and `by_leaf` may have at once, 0 if none."""
-        x = torch.randn(max(self.PROBED), self.shape[1], generator=torch.Generator().manual_seed(0)).to(self.shape[-1])
-        want = self.reference(x)
+        """`alone`, and the most rows that `beside` and `by_leaf` may have at once, 0 if none. The products add up to 0
+        but for rounding, so that the order of additions shows in every bit, also after rounding to half precision."""
+        (N, K, leaves, dtype), generator = self.shape, torch.Generator().manual_seed(0)
+        weight, x = (torch.randn(n, leaves, K // leaves // 2, generator=generator) for n in (min(N, 1 << 14), 512))
+        weight, x = (F.pad(torch.cat(z, 2).flatten(1), (0, K % 2)).to(dtype) for z in ((weight, -weight), (x, x)))
+        probe = LeafPacked(weight, None, leaves)
+        want, probe.alone = probe.reference(x), True
 
         def agree(way: Callable, n: int) -> bool:
             return all(torch.equal(got, leaf[:n]) for got, leaf in zip(way(x[:n]), want, strict=True))
 
-        few = [n for n in range(1, 25) if self.stacked is not None and n * len(self.leaves) <= 24]
-        few = list(itertools.takewhile(lambda n: agree(self.beside, n), few))
-        most = list(itertools.takewhile(lambda n: agree(self.by_leaf, n), self.PROBED[1:]))
-        return agree(self.by_leaf, 1), max(few, default=0), max(most, default=0)
+        few = range(1, 24 // leaves + 1 if self.stacked is not None and probe.stacked is not None else 1)
+        few = max(itertools.takewhile(lambda n: agree(probe.beside, n), few), default=0)
+        alone, probe.alone = agree(probe.by_leaf, 1), False
+        return alone, few, max(itertools.takewhile(lambda n: agree(probe.by_leaf, n), self.PROBED), default=0)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.threads != torch.get_num_threads():
@@ -326,8 +315,6 @@ class LeafPacked(Packed):
         rows = x.reshape(M, -1)
         if M <= self.few:
             parts = self.beside(rows)
-        elif M == 1 and not self.alone and self.most:
-            parts = [leaf[:1] for leaf in self.by_leaf(rows.expand(2, -1))]
         elif M <= self.most:
             parts = self.by_leaf(rows)
         else:
@@ -365,39 +352,36 @@ def one_by_one(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale):
 
 
 @functools.cache
-def tiling(head_dim: int, group: int, dtype: torch.dtype, threads: int) -> Tiling | None:
+def tiling(B: int, G: int, head_dim: int, group: int, dtype: torch.dtype, threads: int) -> Tiling | None:
     """A tiling with which a query's bits are seen to depend on no other query and not on the span; None if none is."""
     draw, T, L = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0)), 80, SPLIT + 64
-    q, k, v = (draw(2, *shape, head_dim).to(dtype) for shape in ((T, 2 * group), (2, L), (2, L)))
+    q, k, v = (draw(B, *shape, head_dim // 2) for shape in ((T, G * group), (G, L), (G, L)))
+    # As in LeafPacked.probe: scores and sums of values are 0 but for rounding, the scores scaled up to matter.
+    k[:, :, 1::2], v[:, :, 1::2] = k[:, :, ::2], -v[:, :, ::2]
+    q, k, v = (torch.cat(z, -1).to(dtype) for z in ((q * 4096, q * 4096), (k * 4096, k * -4096), (v, v)))
     wanted = []
     for start in (0, SPLIT - 40):
-        bias, limit = dense_mask(causal, torch.arange(start, start + T).expand(2, -1), L, 2 * group, dtype)
+        bias, limit = dense_mask(causal, torch.arange(start, start + T).expand(B, -1), L, G * group, dtype)
         wanted.append((bias, limit, one_by_one(q, k, v, bias, limit, 0.125)))
 
     def agrees(tile: Tiling, n: int, bias: Tensor, limit: Tensor, want: Tensor) -> bool:
         span = -(-int(limit[n - 1]) // 64) * 64
-        for rows in (slice(0, 1), slice(0, 2)):
-            args = q[rows, :n], k[rows, :, :span], v[rows, :, :span], bias[rows, :, :n, :span], limit[:n]
-            if not torch.equal(attend(*args, 0.125, tile), want[rows, :n]):
-                return False
-        return True
+        got = attend(q[:, :n], k[:, :, :span], v[:, :, :span], bias[:, :, :n, :span], limit[:n], 0.125, tile)
+        return torch.equal(got, want[:, :n])
 
-    for tile in (Tiling(), Tiling(rows=16, keys=SPLIT)):
-        if all(agrees(tile, n, *want) for n in (1, 2, 3, 5, 6, 11, 16, 40, T) for want in wanted):
-            return tile
-    return None
+    tiles = (Tiling(), Tiling(rows=16, keys=SPLIT))
+    lengths = (1, 2, 3, 5, 6, 11, 16, 40, T)
+    return next((t for t in tiles if all(agrees(t, n, *want) for n in lengths for want in wanted)), None)
 
 
-def invariant_attention(q, k, v, k_cache, v_cache, pos, bias, limit_T, scale):
+@attention_op("invariant_attention", "Tensor[]")
+def invariant_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
     """One recipe for prefill, decode and verify: softmax over a query's keys, products with the values by SPLIT."""
     write_cache(k, v, k_cache, v_cache, pos)
-    G, span = k_cache.shape[1], bias.shape[-1]
-    args = q, k_cache.narrow(2, 0, span), v_cache.narrow(2, 0, span), bias, limit_T, scale
-    tile = tiling(q.shape[3], q.shape[2] // G, q.dtype, torch.get_num_threads())
+    G, span = k_cache.shape[1], mask[0].shape[-1]
+    args = q, k_cache.narrow(2, 0, span), v_cache.narrow(2, 0, span), *mask, scale
+    tile = tiling(min(len(q), 2), G, q.shape[3], q.shape[2] // G, q.dtype, torch.get_num_threads())
     return attend(*args, tile) if tile else one_by_one(*args)
-
-
-invariant_cpu_attention = opaque("invariant_attention" + ATTENTION_SCHEMA, _attention_shape)(invariant_attention)
 
 
 # The same on a GPU, in Triton: a dot adds to one fp32 accumulator in ascending k, BLOCK_K at a time at every M, so the
@@ -474,11 +458,8 @@ def triton_kernels() -> SimpleNamespace:
         first = tl.maximum(tl.min(tl.where(t < T, p, last), 0) - window + 1, 0)
         at, real = row[:, None] * D + d[None, :], (t < T)[:, None] & (d < D)[None, :]
         queries = tl.load(q + at, mask=real, other=0)
-        empty, none, zero = (
-            tl.full((ROWS,), float("-inf"), tl.float32),
-            tl.zeros((ROWS,), tl.float32),
-            tl.zeros((ROWS, D_PAD), tl.float32),
-        )
+        none, zero = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, D_PAD), tl.float32)
+        empty = none - float("inf")
         top, total, acc = empty, none, zero
         begin, end = first // SPLIT, last // SPLIT + 1
         if parts is not None:
@@ -489,10 +470,8 @@ def triton_kernels() -> SimpleNamespace:
             for key in range(start, tl.minimum(split * SPLIT + SPLIT, last + 1), TILE):
                 j = key + tl.arange(0, TILE)
                 cell, there = (b * G + g) * L * D + j[:, None] * D + d[None, :], (j <= last)[:, None] & (d < D)[None, :]
-                keys, values = (
-                    tl.load(k_cache + cell, mask=there, other=0),
-                    tl.load(v_cache + cell, mask=there, other=0),
-                )
+                keys = tl.load(k_cache + cell, mask=there, other=0)
+                values = tl.load(v_cache + cell, mask=there, other=0)
                 scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
                 back = p[:, None] - j[None, :]
                 scores = tl.where((back >= 0) & (back < window), scores, float("-inf"))
@@ -511,17 +490,13 @@ def triton_kernels() -> SimpleNamespace:
             tl.store(y + at, (acc / total[:, None]).to(y.dtype.element_ty), mask=real)
 
     @triton.jit(do_not_specialize=["rows", "window"])
-    def combine(
-        pos, y, stats, parts, rows, window, H: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, D_PAD: tl.constexpr
-    ):
+    def combine(pos, y, stats, parts, rows, window, H: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
+                D_PAD: tl.constexpr):  # fmt: skip
         """One row's splits, in ascending order."""
         row, d = tl.program_id(0).to(tl.int64) + tl.arange(0, 1), tl.arange(0, D_PAD)[None, :]
         p = tl.load(pos + tl.program_id(0) // H).to(tl.int32)
-        top, total, acc = (
-            tl.full((1,), float("-inf"), tl.float32),
-            tl.zeros((1,), tl.float32),
-            tl.zeros((1, D_PAD), tl.float32),
-        )
+        total, acc = tl.zeros((1,), tl.float32), tl.zeros((1, D_PAD), tl.float32)
+        top = total - float("inf")
         for split in range(tl.maximum(p - window + 1, 0) // SPLIT, p // SPLIT + 1):
             at = row + split * rows
             part = tl.load(parts + at[:, None] * D + d, mask=d < D, other=0)
@@ -583,23 +558,16 @@ class TritonPacked(Packed):
         return y
 
 
-FULL = 1 << 30  # a window that no text fills
-
-
 def window_mask(mask_mod: Callable, pos_BT: Tensor, span: int, n_heads: int, dtype: torch.dtype):
     """On a GPU, where the kernel computes the mask, the window; on a CPU a dense mask."""
     if not pos_BT.is_cuda:
         return dense_mask(mask_mod, pos_BT, span, n_heads, dtype)
-    window = FULL if mask_mod is causal else getattr(mask_mod, "window", None)
-    if window is None:
+    if mask_mod is not causal and not hasattr(mask_mod, "window"):
         raise ValueError(f"on a GPU, deterministic attention is causal or a sliding_window, not {mask_mod}")
-    return window
+    return 1 << 30 if mask_mod is causal else mask_mod.window
 
 
-TRITON_SCHEMA = ATTENTION_SCHEMA.replace("Tensor bias, Tensor limit", "int window")
-
-
-@opaque("triton_attention" + TRITON_SCHEMA, _attention_shape)
+@attention_op("triton_attention", "int")
 def triton_attention(q, k, v, k_cache, v_cache, pos, window, scale):
     write_cache(k, v, k_cache, v_cache, pos)
     (B, T, H, D), (_, G, L, _), kernels = q.shape, k_cache.shape, triton_kernels()
@@ -631,20 +599,14 @@ def triton_log_softmax(x):
     return y
 
 
-def deterministic_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
-    if q.is_cuda:
-        return triton_attention(q, k, v, k_cache, v_cache, pos, mask, scale)
-    return invariant_cpu_attention(q, k, v, k_cache, v_cache, pos, *mask, scale)
-
-
 BATCH_INVARIANT = Ops(
     pack=lambda weight, *args: (TritonPacked if weight.is_cuda else LeafPacked)(weight, *args),
     linear=linear,
     rms_norm=lambda x, weight, eps: (triton_rms_norm if x.is_cuda else rms_norm)(x, weight, eps),
     silu_mul=silu_mul,
     mask=window_mask,
-    attention=deterministic_attention,
-    log_softmax=lambda logits: (triton_log_softmax if logits.is_cuda else log_softmax)(logits),
+    attention=lambda q, *args: (triton_attention if q.is_cuda else invariant_attention)(q, *args),
+    log_softmax=lambda logits: (triton_log_softmax if logits.is_cuda else FAST.log_softmax)(logits),
     key_block=64,
     compile_options={"emulate_precision_casts": True},
 )

@@ -133,7 +133,7 @@ def leaves_by_rows(x, packed):
 
 def causal_flag(q, k, v, k_cache, v_cache, pos, mask, scale):
     """Whole prompts through SDPA's is_causal, which looks at no cache."""
-    y = invariant_attention(q, k, v, k_cache, v_cache, pos, *mask, scale)
+    y = invariant_attention(q, k, v, k_cache, v_cache, pos, mask, scale)
     if q.shape[1] == 1 or pos[0, 0]:
         return y
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
