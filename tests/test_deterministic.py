@@ -1,5 +1,5 @@
-"""BATCH_INVARIANT on a CPU, --deterministic and --score: bits are compared, and each comparison is also made with a rule
-broken on purpose, where it must fail. "Telling" data cancels, so that rounding hides no order of additions."""
+"""BATCH_INVARIANT on a CPU, --deterministic and --score: bits are compared, and each comparison is also made with a
+rule broken on purpose, where it must fail. "Telling" data cancels, so that rounding hides no order of additions."""
 
 import json
 import runpy
@@ -217,18 +217,19 @@ def test_linear_without_probe(dtype, leaves, monkeypatch):
     assert not torch.equal(layer(LeafPacked, dtype, 2 if leaves == 1 else 1)(x), want[130])
 
 
-@pytest.mark.parametrize("limits", [(True, 0, 2), (False, 0, 7), (False, 1, 16), (True, 5, 64)])
+@pytest.mark.parametrize("limits", [(True, 0, 2), (False, 0, 7), (False, 0, 16), (False, 1, 16), (True, 5, 64)])
 @pytest.mark.parametrize("leaves", [1, 3])
 def test_linear_in_tiles(limits, leaves, monkeypatch):
     """Whatever number of rows a probe allows: same bits, and never more rows at once, nor one where it may not be."""
     packed, sizes, by_leaf = layer(LeafPacked, BF16, leaves), [], LeafPacked.by_leaf
+    limits = (limits[0], limits[1] if leaves > 1 else 0, limits[2])
     x = randn(129, 192, seed=6, dtype=BF16)
     want = whole(packed, x)
     monkeypatch.setattr(LeafPacked, "limits", {(*packed.shape, torch.get_num_threads()): limits})
     monkeypatch.setattr(LeafPacked, "by_leaf", lambda self, x: sizes.append(len(x)) or by_leaf(self, x))
     for n in (1, 2, 8, 17, 50, 129):
         assert torch.equal(packed(x[:n]), want[:n])
-    assert max(sizes) <= limits[2] and (limits[0] or min(sizes) > 1)
+    assert 1 < max(sizes) <= limits[2] and (limits[0] or min(sizes) > 1)
 
 
 @pytest.mark.parametrize("leaves", [1, 2, 3])
@@ -239,7 +240,9 @@ def test_linear_accuracy(dtype, leaves):
     exact, size = F.linear(x.double(), weight, packed.bias.double()), F.linear(x.double().abs(), weight.abs()) + 1
     error = ((packed(x).double() - exact).abs() / size).max().item()
     assert error < 2 * torch.finfo(dtype).eps
-    assert ((packed(x).double() - exact + packed.bias.double()).abs() / size).max() > 100 * error / 2  # a bias added twice
+    assert (
+        (packed(x).double() - exact + packed.bias.double()).abs() / size
+    ).max() > 100 * error / 2  # a bias added twice
 
 
 def telling(n, m, k, dtype):
@@ -317,21 +320,50 @@ shapes = pytest.mark.parametrize("heads, group, head_dim", [(2, 1, 16), (2, 3, 6
 WINDOW = sliding_window(20)
 
 
-def rounding_hides(dtype):
-    """The probe of `tiling` looks at rounded sums of randn, so in bf16 it misses some that differ."""
-    return pytest.mark.xfail(dtype == BF16, reason="oneDNN in bf16: few query rows are added in another order")
-
-
 @pytest.mark.parametrize("mask_mod", [causal, WINDOW], ids=["causal", "window"])
 @shapes
 @dtypes
-def test_attention_pieces(dtype, heads, group, head_dim, mask_mod, request):
+def test_attention_pieces(dtype, heads, group, head_dim, mask_mod):
     """All tokens at once, in chunks, and one by one, over the cache they need and a longer one."""
-    request.applymarker(rounding_hides(dtype))
     case = Case(dtype, heads, group, head_dim, 90, mask_mod)
     want = case.run(BATCH_INVARIANT, [90])
     for sizes, extra in (([1], 0), ([3], 0), ([7, 1], 64), ([64], 128), ([90], 512)):
         assert torch.equal(case.run(BATCH_INVARIANT, sizes, extra), want)
+
+
+def telling_keys(case):
+    """Scores of 0 up to rounding, blown up: the order of additions along head_dim decides where a query looks."""
+    half = case.q.shape[-1] // 2
+    case.q = torch.cat((case.q[..., :half], case.q[..., :half]), -1) * 2.0**9
+    case.k = torch.cat((case.k[..., :half], -case.k[..., :half]), -1) * 2.0**9
+    return case
+
+
+def telling_values(case):
+    """Keys in equal pairs and values in opposite ones: a query that sees whole pairs gets 0 up to rounding."""
+    case.k[:, 1::2], case.v[:, 1::2] = case.k[:, ::2], -case.v[:, ::2]
+    return case
+
+
+@pytest.mark.parametrize("tell", [telling_keys, telling_values])
+@shapes
+@dtypes
+def test_attention_telling(dtype, heads, group, head_dim, tell, request):
+    """Where rounding hides nothing. The probe of `tiling` itself looks at rounded sums of randn."""
+    reason = "oneDNN in bf16 adds few query rows in another order: tiling() asks for none of this"
+    request.applymarker(pytest.mark.xfail(dtype == BF16 and head_dim == 16 and group != 3, reason=reason))
+    case = tell(Case(dtype, heads, group, head_dim, 90))
+    want = case.run(BATCH_INVARIANT, [90])
+    assert want.isfinite().all()
+    for sizes in ([1], [3], [7, 1], [64]):
+        assert torch.equal(case.run(BATCH_INVARIANT, sizes), want)
+
+
+@pytest.mark.parametrize("tell", [telling_keys, telling_values])
+@dtypes
+def test_attention_telling_differs(dtype, tell):
+    case = tell(Case(dtype, 2, 3, 64, 90))
+    assert not torch.equal(case.run(FAST, [1]), case.run(FAST, [90]))
 
 
 @pytest.mark.parametrize("broken", [FAST, IS_CAUSAL], ids=["fast", "is_causal"])
@@ -380,8 +412,7 @@ def staggered(case, ops):
 
 @shapes
 @dtypes
-def test_attention_rows(dtype, heads, group, head_dim, request):
-    request.applymarker(rounding_hides(dtype))
+def test_attention_rows(dtype, heads, group, head_dim):
     for mask_mod in (causal, WINDOW):
         assert torch.equal(*staggered(Case(dtype, heads, group, head_dim, 140, mask_mod, rows=5), BATCH_INVARIANT))
 
@@ -423,7 +454,7 @@ def test_attention_accuracy(dtype, mask_mod):
     size = torch.einsum("bghts,bsgd->btghd", weights, v.abs()).flatten(2)
     error = ((case.run(BATCH_INVARIANT, [600]).double() - exact).abs() / size).max()
     assert error < 16 * torch.finfo(dtype).eps
-    blind = replace(case.__dict__["mask_mod"] and BATCH_INVARIANT, mask=lambda mod, *args: FAST.mask(wider(mod), *args))
+    blind = replace(BATCH_INVARIANT, mask=lambda mod, *args: FAST.mask(wider(mod), *args))
     assert ((case.run(blind, [600]).double() - exact).abs() / size).max() > 10 * error  # one key too few
 
 
@@ -457,10 +488,8 @@ def test_rowwise(name, width):
     assert per_row(function, x) == []
     assert torch.equal(function(x.flip(0)), function(x).flip(0))
     assert torch.equal(function(x[5:6].expand(9, -1)), function(x)[5:6].expand(9, -1))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(4)
+    torch.set_num_threads(4)  # conftest.py sets it back
     assert torch.equal(function(x), torch.cat([function(row[None]) for row in x]))
-    torch.set_num_threads(threads)
     # Broken: sums over another split of a row when there is only one.
     halves = lambda x: torch.linalg.vector_norm(x.view(len(x), 2, -1).sum(1) if len(x) == 1 else x, dim=-1)
     assert per_row(lambda x: function(x) * halves(x)[:, None], x)
@@ -543,8 +572,8 @@ names = pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
 def stacked(model, sizes, length=72):
     """Logits of a text, fed in pieces."""
-    ids, cache, out, start = torch.randint(300, (1, length), generator=torch.Generator().manual_seed(0)), None, [], 0
-    cache = model.new_cache(1, length)
+    ids = torch.randint(300, (1, length), generator=torch.Generator().manual_seed(0))
+    cache, out, start = model.new_cache(1, length), [], 0
     for size in sizes * length:
         end = min(start + size, length)
         if start < end:
@@ -555,9 +584,8 @@ def stacked(model, sizes, length=72):
 
 @names
 @kinds
-def test_stack(tmp_path, dtype, name, request):
+def test_stack(tmp_path, dtype, name):
     """One call of T tokens equals T calls of one."""
-    request.applymarker(rounding_hides(dtype))
     model = build(tmp_path, BATCH_INVARIANT, dtype, name)
     want = stacked(model, [72])
     assert torch.equal(stacked(model, [1]), want) and torch.equal(stacked(model, [5, 1, 30]), want)
@@ -591,14 +619,13 @@ MIXED = [ask(i, LENGTHS[i % 10], 3 + i % 7, **OPTIONS[i % 4]) for i in range(24)
 
 
 @names
-@kinds
-def test_any_batch(tmp_path, dtype, name, request):
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_any_batch(tmp_path, dtype, name):
     """Tokens and logprobs in 2 to 20 slots, refilled as they empty, and in another order."""
-    request.applymarker(rounding_hides(dtype))
     model = build(tmp_path, BATCH_INVARIANT, dtype, name)
     want = answers(model, MIXED)
     assert len({str(answer) for answer in want.values()}) == len(MIXED)
-    sizes = range(2, 21) if dtype == FP32 and name == "2 KV heads" else (2, 5, 9, 16, 20)
+    sizes = range(2, 21) if dtype == FP32 and name == "2 KV heads" else (2, 5, 17)
     for slots in sizes:
         assert answers(model, MIXED, slots) == want
         assert answers(model, MIXED[::-1], slots) == want or slots > 5
@@ -635,7 +662,7 @@ def test_neighbours(tmp_path, dtype):
 
 
 def test_neighbours_broken(tmp_path, monkeypatch):
-    """Noise by row, and attention by the longest neighbour."""
+    """Noise by row."""
     model = build(tmp_path, BATCH_INVARIANT, FP32)
     want, gumbel = answers(model, MIXED)[MIXED[1].id], generate.gumbel
     noisy = lambda key, pos, ids: gumbel(key + torch.arange(len(key))[:, None], pos, ids)
@@ -645,8 +672,7 @@ def test_neighbours_broken(tmp_path, monkeypatch):
 
 @names
 @kinds
-def test_score_exact(tmp_path, dtype, name, request):
-    request.applymarker(rounding_hides(dtype))
+def test_score_exact(tmp_path, dtype, name):
     model = build(tmp_path, BATCH_INVARIANT, dtype, name)
     for slots, chunk in ((1, 0), (4, 5)):
         want, engine = answers(model, MIXED, slots), Engine(model, Tokenizer(None), 1, 144, chunk)
@@ -782,9 +808,7 @@ def test_score_bad_file(refused, tmp_path, content):
 
 @pytest.mark.parametrize("other", [["--prompt", "a"], ["--prompts_file", "x"], ["--interactive"]])
 def test_score_excludes(refused, generated, other):
-    other = [flag for flag in other]
-    flags = [flag for flag in ("--score", generated[0], *other)]
-    assert "exclude" in refused(*flags)
+    assert "excludes" in refused("--score", generated[0], *other)
 
 
 def test_score_of_the_whole_context(tiny, tmp_path, capsys):
