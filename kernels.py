@@ -318,7 +318,9 @@ class LeafPacked(Packed):
         elif M <= self.most:
             parts = self.by_leaf(rows)
         else:
-            parts = self.in_tiles(rows, self.most) if self.most else self.reference(rows)
+            tail = int(self.most and M % self.most == 1)  # a tile of one row is another product
+            parts = self.in_tiles(F.pad(rows, (0, 0, 0, tail)), self.most) if self.most else self.reference(rows)
+            parts = [leaf[:M] for leaf in parts]
         y = parts[0] if len(parts) == 1 else add_leaves(parts, self.bias, x.dtype)
         return y.view(*x.shape[:-1], -1)
 
