@@ -521,8 +521,7 @@ def converse(engine: Engine, args: argparse.Namespace) -> None:
     history, config = args.opening, engine.model.config
     with contextlib.suppress(EOFError):
         while (line := input("> " if sys.stdin.isatty() else "").strip()) != "/exit":
-            if line == "/clear":
-                history = args.opening
+            history = args.opening if line == "/clear" else history
             if line in ("", "/clear"):
                 continue
             turns, answer = history + [{"role": "user", "content": line}], ""
@@ -550,9 +549,8 @@ def main(argv: list[str] | None = None) -> None:
     done = resume(args.output) if args.output else set()
     requests = [r for r in requests if (r.id, r.sample) not in done]
     scored = [entry for entry in scored if (entry.get("id"), entry.get("sample")) not in done]
-    ends = [len(r.prompt_ids) + r.max_new_tokens for r in requests]
-    ends += [len(entry["prompt_ids"] + entry["tokens"]) for entry in scored]
-    length = model.config.context if args.interactive else max(ends, default=1)
+    texts = [(r.prompt_ids, r.max_new_tokens) for r in requests] + [(e["prompt_ids"], len(e["tokens"])) for e in scored]
+    length = model.config.context if args.interactive else max((len(ids) + n for ids, n in texts), default=1)
     set_up(model, args.compile, args.compile_prefill)
     start = time.perf_counter()
     if args.compile or args.compile_prefill or args.deterministic:
@@ -560,10 +558,8 @@ def main(argv: list[str] | None = None) -> None:
     compile_s = time.perf_counter() - start
     engine = Engine(model, tokenizer, args.batch_size, length, args.prefill_chunk)
     with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profile:
-        if args.interactive:
-            converse(engine, args)
-        else:
-            rescore(engine, scored, args) if args.score else run(engine, requests, args)
+        work = (converse,) if args.interactive else (rescore, scored) if args.score else (run, requests)
+        work[0](engine, *work[1:], args)
     if profile:
         profile.export_chrome_trace(args.profile)
     if not args.interactive:

@@ -42,7 +42,6 @@ class Ops:
     mask: Callable  # (mask_mod, pos_BT, span, n_heads, dtype) -> mask over the first `span` keys
     attention: Callable  # (q_BTHD, k_BTGD, v_BTGD, k_cache_BGLD, v_cache, pos_BT, mask, scale) -> [B, T, H * D]
     log_softmax: Callable  # (logits) -> fp32, over the last dimension
-    key_block: int  # attention is given spans of keys that are a multiple of this
     compile_options: dict  # what torch.compile needs so that it changes no bits that matter
 
 
@@ -185,9 +184,8 @@ def attention_op(name: str, mask_type: str) -> Callable:
 
 @attention_op("fast_attention", "Tensor[]")
 def fast_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
-    """SDPA with the query heads of one KV head folded into the query length, so that no key is copied: on a CPU
-    5 times faster than enable_gqa at one row and 2,048 keys. `attend` is 3 times as fast for long prompts in half
-    precision on a CPU without AMX, and ahead in large batches."""
+    """SDPA with the query heads of one KV head folded into the query length, so that no key is copied: 5 times as
+    fast as enable_gqa on a CPU. `attend` is faster without AMX, for long prompts and large batches in bf16."""
     write_cache(k, v, k_cache, v_cache, pos)
     (B, T, H, D), G, bias, span = q.shape, k_cache.shape[1], mask[0], mask[0].shape[-1]
     k, v = k_cache.narrow(2, 0, span), v_cache.narrow(2, 0, span)
@@ -210,15 +208,12 @@ FAST = Ops(
     mask=dense_mask,
     attention=fast_attention,
     log_softmax=lambda logits: F.log_softmax(logits, dim=-1, dtype=torch.float32),
-    key_block=64,
     compile_options={},
 )
 
 
 # BATCH_INVARIANT: the logits of a token are a function of its own prefix, bit for bit. Sums along K run leaf by leaf,
-# attention over whole splits of keys at absolute positions, and every op below is opaque to torch.compile.
-
-
+# attention over splits of keys at absolute positions, and sums are opaque to torch.compile.
 def leaf_count(n_kv_heads: int, in_features: int, multiple: int = 32) -> int:
     """Into how many leaves K is cut where tensor parallelism may cut it: the largest power of two up to 8 that divides
     the KV heads, else their smallest odd prime factor up to 7; fewer until a leaf is whole multiples of `multiple`."""
@@ -238,14 +233,11 @@ def add_leaves(parts: Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype)
     return (total if bias is None else total + bias).to(dtype)
 
 
-@contextlib.contextmanager
-def one_thread():
-    threads = torch.get_num_threads()
+def one_thread() -> contextlib.ExitStack:
+    stack = contextlib.ExitStack()
+    stack.callback(torch.set_num_threads, torch.get_num_threads())
     torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return stack
 
 
 class LeafPacked(Packed):
@@ -291,7 +283,9 @@ class LeafPacked(Packed):
         but for rounding, so that the order of additions shows in every bit, also after rounding to half precision."""
         (N, K, leaves, dtype), generator = self.shape, torch.Generator().manual_seed(0)
         weight, x = (torch.randn(n, leaves, K // leaves // 2, generator=generator) for n in (min(N, 1 << 14), 512))
-        weight, x = (F.pad(torch.cat(z, 2).flatten(1), (0, K % 2)).to(dtype) for z in ((weight, -weight), (x, x)))
+        order = torch.randperm(K // leaves // 2 * 2, generator=generator)
+        pairs = (torch.cat(z, 2)[..., order].flatten(1) for z in ((weight, -weight), (x, x)))
+        weight, x = (F.pad(z, (0, K % 2)).to(dtype) for z in pairs)
         probe = LeafPacked(weight, None, leaves)
         want, probe.alone = probe.reference(x), True
 
@@ -318,9 +312,7 @@ class LeafPacked(Packed):
         elif M <= self.most:
             parts = self.by_leaf(rows)
         else:
-            tail = int(self.most and M % self.most == 1)  # a tile of one row is another product
-            parts = self.in_tiles(F.pad(rows, (0, 0, 0, tail)), self.most) if self.most else self.reference(rows)
-            parts = [leaf[:M] for leaf in parts]
+            parts = self.in_tiles(rows, self.most) if self.most else self.reference(rows)
         y = parts[0] if len(parts) == 1 else add_leaves(parts, self.bias, x.dtype)
         return y.view(*x.shape[:-1], -1)
 
@@ -356,24 +348,25 @@ def one_by_one(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale):
 @functools.cache
 def tiling(B: int, G: int, head_dim: int, group: int, dtype: torch.dtype, threads: int) -> Tiling | None:
     """A tiling with which a query's bits are seen to depend on no other query and not on the span; None if none is."""
-    draw, T, L = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0)), 80, SPLIT + 64
-    q, k, v = (draw(B, *shape, head_dim // 2) for shape in ((T, G * group), (G, L), (G, L)))
+    generator, T, L = torch.Generator().manual_seed(0), 80, SPLIT + 64
+    q, k, v = (torch.randn(B, *shape, head_dim // 2, generator=generator) for shape in ((T, G * group), (G, L), (G, L)))
     # As in LeafPacked.probe: scores and sums of values are 0 but for rounding, the scores scaled up to matter.
     k[:, :, 1::2], v[:, :, 1::2] = k[:, :, ::2], -v[:, :, ::2]
-    q, k, v = (torch.cat(z, -1).to(dtype) for z in ((q * 4096, q * 4096), (k * 4096, k * -4096), (v, v)))
+    order = torch.randperm(head_dim // 2 * 2, generator=generator)
+    q, k, v = (torch.cat(z, -1)[..., order].to(dtype) for z in ((q * 4096, q * 4096), (k * 4096, k * -4096), (v, v)))
     wanted = []
     for start in (0, SPLIT - 40):
         bias, limit = dense_mask(causal, torch.arange(start, start + T).expand(B, -1), L, G * group, dtype)
         wanted.append((bias, limit, one_by_one(q, k, v, bias, limit, 0.125)))
 
-    def agrees(tile: Tiling, n: int, bias: Tensor, limit: Tensor, want: Tensor) -> bool:
-        span = -(-int(limit[n - 1]) // 64) * 64
-        got = attend(q[:, :n], k[:, :, :span], v[:, :, :span], bias[:, :, :n, :span], limit[:n], 0.125, tile)
-        return torch.equal(got, want[:, :n])
+    def agrees(tile: Tiling, now: slice, bias: Tensor, limit: Tensor, want: Tensor) -> bool:
+        span = -(-int(limit[now.stop - 1]) // 64) * 64
+        got = attend(q[:, now], k[:, :, :span], v[:, :, :span], bias[:, :, now, :span], limit[now], 0.125, tile)
+        return torch.equal(got, want[:, now])
 
-    tiles = (Tiling(), Tiling(rows=16, keys=SPLIT))
-    lengths = (1, 2, 3, 5, 6, 11, 16, 40, T)
-    return next((t for t in tiles if all(agrees(t, n, *want) for n in lengths for want in wanted)), None)
+    pieces = [slice(max(end - n, 0), end) for n in (1, 2, 3, 5, 6, 11, 16, 40, T) for end in range(8, T + 1, 8)]
+    tiles = (Tiling(), Tiling(rows=16, keys=SPLIT))[head_dim < 64 :]  # short sums hide from the probe
+    return next((t for t in tiles if all(agrees(t, now, *case) for now in pieces for case in wanted)), None)
 
 
 @attention_op("invariant_attention", "Tensor[]")
@@ -386,15 +379,12 @@ def invariant_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
     return attend(*args, tile) if tile else one_by_one(*args)
 
 
-# The same on a GPU, in Triton: a dot adds to one fp32 accumulator in ascending k, BLOCK_K at a time at every M, so the
-# bits depend on neither the shape of a tile nor its warps. FMA contraction is off, as it may differ between kernels.
-
-
+# The same on a GPU: a dot adds to one fp32 accumulator in ascending k, BLOCK_K at a time at every M, so bits depend on
+# neither the shape of a tile nor its warps. FMA contraction is off, as it may differ between kernels.
 @functools.cache
 def triton_kernels() -> SimpleNamespace:
-    """Triton is imported when a GPU asks for it. What a kernel calls is global: its compiler also finds what is in a
-    closure, but its interpreter executes the source again in the globals. What varies from call to call is not
-    specialized, because Triton may give another kernel another layout, in which sums have another order."""
+    """Triton, imported when a GPU asks. What a kernel calls is global, where the interpreter finds it. What varies from
+    call to call is not specialized: another kernel may have another layout, in which sums have another order."""
     global tl, merge
     import triton
     import triton.language as tl
@@ -564,9 +554,9 @@ def window_mask(mask_mod: Callable, pos_BT: Tensor, span: int, n_heads: int, dty
     """On a GPU, where the kernel computes the mask, the window; on a CPU a dense mask."""
     if not pos_BT.is_cuda:
         return dense_mask(mask_mod, pos_BT, span, n_heads, dtype)
-    if mask_mod is not causal and not hasattr(mask_mod, "window"):
+    if (window := 1 << 30 if mask_mod is causal else getattr(mask_mod, "window", None)) is None:
         raise ValueError(f"on a GPU, deterministic attention is causal or a sliding_window, not {mask_mod}")
-    return 1 << 30 if mask_mod is causal else mask_mod.window
+    return window
 
 
 @attention_op("triton_attention", "int")
@@ -609,6 +599,5 @@ BATCH_INVARIANT = Ops(
     mask=window_mask,
     attention=lambda q, *args: (triton_attention if q.is_cuda else invariant_attention)(q, *args),
     log_softmax=lambda logits: (triton_log_softmax if logits.is_cuda else FAST.log_softmax)(logits),
-    key_block=64,
     compile_options={"emulate_precision_casts": True},
 )

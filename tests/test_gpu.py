@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import FULL, TritonPacked, linear
+from kernels import TritonPacked, linear
 
 pytestmark = pytest.mark.gpu
 ROWS = (1, 2, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000)
@@ -62,7 +62,7 @@ def test_a_leaf_in_fp32_has_the_same_bits_with_every_launch(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [FULL, 700])
+@pytest.mark.parametrize("window", [(1 << 30), 700])
 @pytest.mark.parametrize(("G", "group", "D"), [(2, 1, 64), (1, 3, 96), (2, 4, 128)])
 def test_decode_and_chunks_have_the_bits_of_prefill(G, group, D, window, dtype):
     B, T, L = 2, 1100, 1152
@@ -84,9 +84,9 @@ def test_another_split_size_changes_bits(monkeypatch):
     """The negative control of the test above."""
     q, k, v = (randn(1, 1, 4, 64, dtype=torch.float32) for _ in range(3))
     caches, pos = [randn(1, 4, 1152, 64, dtype=torch.float32) for _ in "kv"], torch.tensor([[1100]], device="cuda")
-    want = kernels.triton_attention(q, k, v, *caches, pos, FULL, 0.125)
+    want = kernels.triton_attention(q, k, v, *caches, pos, (1 << 30), 0.125)
     monkeypatch.setattr(kernels, "SPLIT", 256)
-    assert not torch.equal(kernels.triton_attention(q, k, v, *caches, pos, FULL, 0.125), want)
+    assert not torch.equal(kernels.triton_attention(q, k, v, *caches, pos, (1 << 30), 0.125), want)
 
 
 @pytest.mark.parametrize("n", [77, 128, 4096])
@@ -104,7 +104,7 @@ def test_compiled_and_captured_equal_eager():
     caches = [torch.zeros(1, 2, 1152, 64, device="cuda", dtype=torch.bfloat16) for _ in "kv"]
 
     def layer(q, k, v, pos):
-        y = kernels.triton_attention(q, k, v, *caches, pos, FULL, 0.125)
+        y = kernels.triton_attention(q, k, v, *caches, pos, (1 << 30), 0.125)
         y = kernels.triton_rms_norm(linear(y, packed).float(), packed.weight[0].float(), 1e-5)
         return kernels.triton_log_softmax(y)
 

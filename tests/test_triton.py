@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import FULL, TritonPacked, add_leaves, causal, sliding_window
+from kernels import TritonPacked, add_leaves, causal, sliding_window
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -195,7 +195,7 @@ def attention_case(pos, T, G, group, D, L, dtype=torch.float32):
     return q, k, v, *caches, pos_BT
 
 
-def run(case, window=FULL):
+def run(case, window=(1 << 30)):
     q, k, v, k_cache, v_cache, pos = case
     return kernels.triton_attention(q, k, v, k_cache.clone(), v_cache.clone(), pos, window, q.shape[3] ** -0.5)
 
@@ -222,7 +222,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("window", [FULL, 21, 600])
+@pytest.mark.parametrize("window", [(1 << 30), 21, 600])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_attention_against_fp64(case, window, dtype):
     case = attention_case(*case, dtype)
@@ -237,7 +237,7 @@ def piece(case, rows, tokens):
     return tuple(x[rows, tokens] for x in (q, k, v)) + (k_cache[rows], v_cache[rows], pos[rows, tokens])
 
 
-@pytest.mark.parametrize("window", [FULL, 21, 530])
+@pytest.mark.parametrize("window", [(1 << 30), 21, 530])
 @pytest.mark.parametrize(("G", "group"), [(2, 1), (1, 3), (1, 4)])
 def test_decode_verify_and_chunks_have_the_bits_of_prefill(G, group, window):
     case = attention_case([490, 958], 72, G, group, 16, 1088)
@@ -279,7 +279,7 @@ def test_both_ways_through_attention_were_taken(monkeypatch):
 def test_on_a_gpu_only_windows_can_be_masks():
     pos = SimpleNamespace(is_cuda=True)
     mask = functools.partial(kernels.BATCH_INVARIANT.mask, pos_BT=pos, span=64, n_heads=1, dtype=torch.float32)
-    assert (mask(causal), mask(sliding_window(21))) == (FULL, 21)
+    assert (mask(causal), mask(sliding_window(21))) == ((1 << 30), 21)
     with pytest.raises(ValueError, match="causal or a sliding_window"):
         mask(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx)
 
@@ -310,7 +310,7 @@ def test_compiled_graphs_call_the_kernels_whole():
     packed, case = TritonPacked(randn(48, 48), None, 1), attention_case([3], 5, 1, 3, 16, 64)
 
     def layer(q, k, v, k_cache, v_cache, pos):
-        y = kernels.triton_attention(q, k, v, k_cache, v_cache, pos, FULL, 0.25)
+        y = kernels.triton_attention(q, k, v, k_cache, v_cache, pos, (1 << 30), 0.25)
         y = kernels.triton_rms_norm(kernels.linear(y, packed), packed.weight[0], 1e-5)
         return kernels.triton_log_softmax(y)
 
