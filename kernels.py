@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -39,10 +39,13 @@ class Ops:
     linear: Callable  # (x, packed) -> x W^T + b
     rms_norm: Callable  # (x, weight, eps), over the last dimension
     silu_mul: Callable  # (gate_up) -> silu(gate) * up, of the two halves
-    mask: Callable  # (mask_mod, pos_BT, span, n_heads, dtype) -> mask over the first `span` keys
+    mask: Callable  # (mask_mod, pos_BT, span, (n_heads, n_kv_heads), dtype) -> mask over the first `span` keys
     attention: Callable  # (q_BTHD, k_BTGD, v_BTGD, k_cache_BGLD, v_cache, pos_BT, mask, scale) -> [B, T, H * D]
     log_softmax: Callable  # (logits) -> fp32, over the last dimension
     compile_options: dict  # what torch.compile needs so that it changes no bits that matter
+
+
+_lib = torch.library.Library("gpt_exact", "DEF")
 
 
 def opaque(schema: str, fake: Callable) -> Callable:
@@ -59,16 +62,15 @@ def opaque(schema: str, fake: Callable) -> Callable:
     return register
 
 
-_lib = torch.library.Library("gpt_exact", "DEF")
-_onednn_linear = torch.ops.mkldnn._linear_pointwise.default  # resolved once: called 121 times a token
-
-
 def blocked(weight_NK: Tensor) -> Tensor:
     """A weight in oneDNN's blocks, at one row twice as fast as F.linear; as it is where oneDNN does not take it."""
     with contextlib.suppress(RuntimeError):
         if weight_NK.device.type == "cpu":
             return torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), 1)
     return weight_NK.contiguous()
+
+
+_onednn_linear = torch.ops.mkldnn._linear_pointwise.default  # resolved once: called 121 times a token
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -106,75 +108,68 @@ def fast_silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def dense_mask(mask_mod: Callable, pos_BT: Tensor, span: int, n_heads: int, dtype: torch.dtype) -> list[Tensor]:
-    """A mask_mod written out, once for all layers: 0 where a query may look and -inf elsewhere [B, 1 or H, T, span],
-    and one past the last key that any row's query t sees [T]."""
-    b, h, keys = (torch.arange(n, device=pos_BT.device) for n in (pos_BT.shape[0], n_heads, span))
-    keep = mask_mod(b[:, None, None, None], h[:, None, None], pos_BT[:, None, :, None], keys)
+def dense_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads: tuple[int, int], dtype: torch.dtype):
+    """A mask_mod written out, once for all layers: 0 where a query may look and -inf elsewhere, [B, G, T, H / G, span]
+    with 1 for what it does not depend on, and one past the last key that any row's query t sees [T]."""
+    b, h, keys = (torch.arange(n, device=pos_BT.device) for n in (len(pos_BT), heads[0], span))
+    h, q_idx = h.view(heads[1], 1, -1, 1), pos_BT[:, None, :, None, None]
+    keep = mask_mod(b.view(-1, 1, 1, 1, 1), h, q_idx, keys)
     bias = torch.zeros(keep.shape, device=pos_BT.device, dtype=dtype).masked_fill_(~keep, float("-inf"))
-    torch._dynamo.maybe_mark_dynamic(bias, 3)  # the span grows with the text: one graph for all
-    return [bias, (keep.flatten(0, 1).any(0) * (keys + 1)).amax(-1)]
+    torch._dynamo.maybe_mark_dynamic(bias, 4)  # the span grows with the text: one graph for all
+    return [bias, (keep.any(3).flatten(0, 1).any(0) * (keys + 1)).amax(-1)]
 
 
 def write_cache(k_BTGD: Tensor, v_BTGD: Tensor, k_cache: Tensor, v_cache: Tensor, pos_BT: Tensor) -> None:
     """Put new keys and values at their absolute positions, before anyone attends to them."""
-    rows = torch.arange(pos_BT.shape[0], device=pos_BT.device)[:, None]
     for new, cache in ((k_BTGD, k_cache), (v_BTGD, v_cache)):
         if len(pos_BT) == 1:
             cache.index_copy_(2, pos_BT[0], new.transpose(1, 2))
         else:
-            cache[rows, :, pos_BT] = new
+            cache[torch.arange(len(pos_BT), device=pos_BT.device)[:, None], :, pos_BT] = new
+
+
+SPLIT = 512  # keys in one product with the values
 
 
 class Tiling(NamedTuple):
     """How attention by batched products is cut. The bits depend on none of it where `tiling` has seen so."""
 
     queries: int = 128  # tokens in a block, which skips the keys behind the last one that it may see
-    rows: int = 1  # the least number of query rows in a product
-    keys: int = 64  # products span a multiple of this: whole blocks keep oneDNN fast
-
-
-SPLIT = 512  # keys in one product with the values
+    tokens: int = 1  # their number is padded to a multiple of this
+    keys: int = 64  # and that of the keys to this: oneDNN is faster with whole blocks
 
 
 def attend(q_BTHD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, bias: Tensor, limit_T: Tensor, scale: float, tile: Tiling):
-    """Attention by batched products, the query heads of one KV head folded into the rows: [B, T, H * D]."""
+    """Attention by batched products, the query heads of one KV head folded into their rows: [B, T, H * D]."""
     (B, T, H, D), (_, G, L, _) = q_BTHD.shape, k_BGLD.shape
-    bias = bias.unsqueeze(3) if bias.shape[1] == 1 else bias.unflatten(1, (G, -1)).transpose(2, 3)
-    if extra := -L % tile.keys:
-        bias, L = F.pad(bias, (0, extra), value=float("-inf")), L + extra
-        k_BGLD, v_BGLD = F.pad(k_BGLD, (0, 0, 0, extra)), F.pad(v_BGLD, (0, 0, 0, extra))
-    k, v, group = k_BGLD.flatten(0, 1), v_BGLD.flatten(0, 1), H // G
-    if T == 1:
-        y = _attend_block(q_BTHD.reshape(B * G, group, D), k, v, bias, (B, G, 1, group), scale, tile.rows)
-        return y.reshape(B, 1, H * D)
-    q = q_BTHD.unflatten(2, (G, group)).transpose(1, 2).reshape(B * G, T * group, D)
-    y = q.new_empty(B, T, H, D)
-    for t in range(0, T, tile.queries):
-        end, block = min(t + tile.queries, T), slice(t, t + tile.queries)
-        keys = min(-(-int(limit_T[block].max()) // tile.keys) * tile.keys, L)
-        args = q[:, t * group : end * group], k[:, :keys], v[:, :keys], bias[:, :, block, :, :keys]
-        out = _attend_block(*args, (B, G, end - t, group), scale, tile.rows)
-        y[:, block] = out.view(B, G, end - t, group, D).transpose(1, 2).flatten(2, 3)
-    return y.view(B, T, H * D)
+    if T == 1 == tile.tokens and L % tile.keys == 0:
+        return _attend_block(q_BTHD.reshape(B * G, H // G, D), k_BGLD, v_BGLD, bias, scale).view(B, 1, H * D)
+    y_BTHD, T_more, L_more = q_BTHD.new_empty(B, T, H, D), -T % tile.tokens, -L % tile.keys
+    if T_more or L_more:
+        q_BTHD, limit_T = F.pad(q_BTHD, (0, 0, 0, 0, 0, T_more)), F.pad(limit_T, (0, T_more))
+        k_BGLD, v_BGLD = F.pad(k_BGLD, (0, 0, 0, L_more)), F.pad(v_BGLD, (0, 0, 0, L_more))
+        bias = F.pad(bias, (0, L_more, 0, 0, 0, T_more), value=float("-inf"))
+    q_BGTHD = q_BTHD.unflatten(2, (G, -1)).transpose(1, 2)
+    for start in range(0, T, tile.queries):
+        now = slice(start, start + tile.queries)
+        span = -(-int(limit_T[now].max()) // tile.keys) * tile.keys
+        q, mask = q_BGTHD[:, :, now].flatten(2, 3).flatten(0, 1), bias[:, :, now, :, :span]
+        y = _attend_block(q, k_BGLD[:, :, :span], v_BGLD[:, :, :span], mask, scale)
+        y_BTHD[:, now] = y.view(B, G, -1, H // G, D).transpose(1, 2).flatten(2, 3)[:, : T - start]
+    return y_BTHD.flatten(2)
 
 
-def _attend_block(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, rows_BGTH: tuple, scale: float, least: int) -> Tensor:
-    """One block of queries [B * G, rows, D], of `rows_BGTH`, over all its keys [B * G, L, D]."""
-    rows, L = q.shape[1], k.shape[1]
-    q = F.pad(q, (0, 0, 0, least - rows)) if rows < least else q
+def _attend_block(q: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Queries [B * G, rows, D] over all keys, `bias` as dense_mask makes it."""
+    k, v, (B, G, L, _), rows = k_BGLD.flatten(0, 1), v_BGLD.flatten(0, 1), k_BGLD.shape, q.shape[1]
     # oneDNN reorders what stands on the right, so a few queries stand there and not all the keys.
-    scores = torch.bmm(k, q.transpose(1, 2)).transpose(1, 2) if rows <= 32 else torch.bmm(q, k.transpose(1, 2))
-    scores = (scores[:, :rows] if rows < least else scores).view(*rows_BGTH, L)
-    weights = torch.add(bias, scores, alpha=scale, out=torch.empty_like(scores, memory_format=torch.contiguous_format))
-    weights = weights.view(-1, rows, L).softmax(-1)
-    weights = F.pad(weights, (0, 0, 0, least - rows)) if rows < least else weights
+    scores = torch.bmm(k, q.mT).mT if rows <= 32 else torch.bmm(q, k.mT)
+    scores = torch.add(bias, scores.view(B, G, bias.shape[2], -1, L), alpha=scale)
+    weights = scores.softmax(-1).view(B * G, rows, L)
     if L <= SPLIT:
-        y = torch.bmm(weights, v)
-    else:
-        parts = [torch.bmm(weights[..., i : i + SPLIT], v[:, i : i + SPLIT]) for i in range(0, L, SPLIT)]
-        y = functools.reduce(torch.add, parts[1:], parts[0].float()).to(q.dtype)
-    return y[:, :rows] if rows < least else y
+        return torch.bmm(weights, v)
+    parts = [torch.bmm(weights[..., i : i + SPLIT], v[:, i : i + SPLIT]) for i in range(0, L, SPLIT)]
+    return functools.reduce(torch.add, parts[1:], parts[0].float()).to(q.dtype)
 
 
 def attention_op(name: str, mask_type: str) -> Callable:
@@ -191,10 +186,9 @@ def fast_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
     k, v = k_cache.narrow(2, 0, span), v_cache.narrow(2, 0, span)
     if (B * T >= 16 or T > 32) and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return attend(q, k, v, *mask, scale, Tiling())
-    if T == 1 and bias.shape[1] == 1:
-        return F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v, bias, scale=scale).view(B, T, H * D)
+    if T == 1:
+        return F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v, bias[:, :, 0], scale=scale).view(B, T, -1)
     q = q.unflatten(2, (G, H // G)).transpose(1, 2)
-    bias = bias.unsqueeze(3) if bias.shape[1] == 1 else bias.unflatten(1, (G, -1)).transpose(2, 3)
     bias = bias.expand(B, -1, T, H // G, span).flatten(2, 3)
     y = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, bias, scale=scale)
     return y.view(q.shape).transpose(1, 2).flatten(2)
@@ -224,97 +218,88 @@ def leaf_count(n_kv_heads: int, in_features: int, multiple: int = 32) -> int:
     return count
 
 
-def add_leaves(parts: Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def add_leaves(parts_GMN: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Leaves added in fp32 and in one fixed order, a power of two as a binary tree, an odd number from left to right;
     then the bias, once, and one rounding."""
-    while len(parts) % 2 == 0:
-        parts = [a.float() + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    total = functools.reduce(torch.add, parts[1:], parts[0].float())
+    while len(parts_GMN) % 2 == 0:
+        parts_GMN = parts_GMN[::2].float() + parts_GMN[1::2]
+    first, *others = parts_GMN.unbind()
+    total = functools.reduce(torch.add, others, first.float())
     return (total if bias is None else total + bias).to(dtype)
 
 
-def one_thread() -> contextlib.ExitStack:
-    stack = contextlib.ExitStack()
-    stack.callback(torch.set_num_threads, torch.get_num_threads())
+@contextlib.contextmanager
+def one_thread():
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    return stack
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Random [*a_shape, K] and [*b_shape, K] whose products along K add up to 0 but for rounding, so that the order of
+    additions shows in every bit, also after rounding to half precision."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*shape, K // 2, generator=generator) for shape in (a_shape, b_shape))
+    order = torch.randperm(K // 2 * 2, generator=generator)
+    return tuple(F.pad(torch.cat(z, -1)[..., order], (0, K % 2)).to(dtype) for z in ((a, a), (b, -b)))
+
+
+def in_tiles(x_MK: Tensor, weight: Tensor, safe: range, bias: Tensor | None = None) -> Tensor:
+    """A product of as many rows at a time as are safe; where none are, the reference: one thread, tiles of 16 rows."""
+    M = len(x_MK)
+    if M in safe:
+        return product(x_MK, weight, bias)
+    if safe and M == 1:  # one row alone may take another kernel
+        return product(x_MK.expand(2, -1), weight, bias)[:1]
+    if safe:
+        return torch.cat([in_tiles(x, weight, safe, bias) for x in x_MK.split(safe[-1])])
+    with one_thread():
+        return torch.cat([product(x, weight, bias) for x in F.pad(x_MK, (0, 0, 0, -M % 16)).split(16)])[:M]
+
+
+@functools.cache
+def safe_rows(N: int, K: int, dtype: torch.dtype, copies: int, threads: int) -> range:
+    """The numbers of rows, up to 512, at which a product with such a weight, `copies` of it stacked, is seen to have
+    the bits of the reference: oneDNN's do not depend on the rows within limits."""
+    x, weight = cancelling((512,), (min(N, 1 << 14),), K, dtype)
+    want, weight = in_tiles(x, blocked(weight), range(0)).repeat(1, copies), blocked(weight.repeat(copies, 1))
+    counts = (2, 3, 6, 7, 8, 9, 12, 15, 16, 17, 24, 33, 48, 64, 100, 128, 256, 500, 512)
+    agrees = lambda n: torch.equal(product(x[:n], weight), want[:n])
+    most = max(itertools.takewhile(agrees, counts), default=0)
+    return range(1 if agrees(1) else 2, most + 1)
 
 
 class LeafPacked(Packed):
-    """A weight on a CPU whose products round each leaf once, add them in fp32 and round the sum. oneDNN's bits do not
-    depend on the rows of a product, within limits that each shape is asked for when it is first used."""
-
-    PROBED = (1, 2, 3, 7, 8, 15, 16, 17, 33, 48, 64, 100, 128, 256, 500, 512)  # row counts whose bits are compared
-    limits: dict[tuple, tuple[bool, int, int]] = {}  # what `probe` found, by shape and thread count
-    alone = False  # whether one row may go alone: elsewhere it takes another kernel, so it is doubled
+    """A weight on a CPU whose products round each leaf once, add them in fp32 and round the sum."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, leaves: int = 1):
         super().__init__(weight, bias)
-        self.opaque, self.shape, self.threads = True, (*weight.shape, leaves, weight.dtype), 0
-        self.leaves, self.stacked = [self.weight], None
-        if leaves > 1:
-            parts = weight.chunk(leaves, dim=1)
-            self.weight, self.leaves = None, [blocked(part) for part in parts]
-            if weight.nbytes < 4 << 20:  # a second copy saves some 40 us a call, which a large weight does not notice
-                self.stacked = blocked(torch.cat(parts))
-                self.nbytes += weight.nbytes
-
-    def beside(self, x_MK: Tensor) -> tuple[Tensor, ...]:
-        """The leaves of few rows, in one product with all leaves of the weight, without what mixes two."""
-        count = len(self.leaves)
-        y = product(x_MK.reshape(len(x_MK) * count, -1), self.stacked)
-        return y.view(len(x_MK), count, count, -1).diagonal(0, 1, 2).unbind(-1)
-
-    def by_leaf(self, x_MK: Tensor) -> list[Tensor]:
-        M, bias = len(x_MK), self.bias if len(self.leaves) == 1 else None
-        parts = (x_MK if M > 1 or self.alone else x_MK.expand(2, -1)).chunk(len(self.leaves), 1)
-        return [product(x, leaf, bias)[:M] for x, leaf in zip(parts, self.leaves, strict=True)]
-
-    def in_tiles(self, x_MK: Tensor, rows: int) -> list[Tensor]:
-        return [torch.cat(leaf) for leaf in zip(*map(self.by_leaf, x_MK.split(rows)), strict=True)]
-
-    def reference(self, x_MK: Tensor) -> list[Tensor]:
-        """By one thread and in whole tiles of 16 rows: what faster ways must agree with, and their stand-in."""
-        with one_thread():
-            return [leaf[: len(x_MK)] for leaf in self.in_tiles(F.pad(x_MK, (0, 0, 0, -len(x_MK) % 16)), 16)]
-
-    def probe(self) -> tuple[bool, int, int]:
-        """`alone`, and the most rows that `beside` and `by_leaf` may have at once, 0 if none. The products add up to 0
-        but for rounding, so that the order of additions shows in every bit, also after rounding to half precision."""
-        (N, K, leaves, dtype), generator = self.shape, torch.Generator().manual_seed(0)
-        weight, x = (torch.randn(n, leaves, K // leaves // 2, generator=generator) for n in (min(N, 1 << 14), 512))
-        order = torch.randperm(K // leaves // 2 * 2, generator=generator)
-        pairs = (torch.cat(z, 2)[..., order].flatten(1) for z in ((weight, -weight), (x, x)))
-        weight, x = (F.pad(z, (0, K % 2)).to(dtype) for z in pairs)
-        probe = LeafPacked(weight, None, leaves)
-        want, probe.alone = probe.reference(x), True
-
-        def agree(way: Callable, n: int) -> bool:
-            return all(torch.equal(got, leaf[:n]) for got, leaf in zip(way(x[:n]), want, strict=True))
-
-        few = range(1, 24 // leaves + 1 if self.stacked is not None and probe.stacked is not None else 1)
-        few = max(itertools.takewhile(lambda n: agree(probe.beside, n), few), default=0)
-        alone, probe.alone = agree(probe.by_leaf, 1), False
-        return alone, few, max(itertools.takewhile(lambda n: agree(probe.by_leaf, n), self.PROBED), default=0)
+        self.opaque, self.shape, self.stacked = True, (len(weight), weight.shape[1] // leaves, weight.dtype), None
+        parts = weight.chunk(leaves, dim=1)
+        self.leaves = [blocked(part) for part in parts] if leaves > 1 else [self.weight]
+        if leaves > 1 and weight.nbytes < 4 << 20:  # a large weight would not notice the 40 us a call that this saves
+            self.stacked = blocked(torch.cat(parts))
+            self.nbytes += weight.nbytes
+        self.weight = None if leaves > 1 else self.weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.threads != torch.get_num_threads():
-            self.threads = torch.get_num_threads()
-            key = (*self.shape, self.threads)
-            self.limits[key] = self.limits.get(key) or self.probe()
-            self.alone, self.few, self.most = self.limits[key]
-        M = x.numel() // x.shape[-1]
-        if self.weight is not None and (1 < M or self.alone) and M <= self.most:
+        (N, K, _), G, M, threads = self.shape, len(self.leaves), x.shape[:-1].numel(), torch.get_num_threads()
+        safe = safe_rows(*self.shape, 1, threads)
+        if G == 1 and M in safe:
             return product(x, self.weight, self.bias)
-        rows = x.reshape(M, -1)
-        if M <= self.few:
-            parts = self.beside(rows)
-        elif M <= self.most:
-            parts = self.by_leaf(rows)
+        if G == 1:
+            y = in_tiles(x.reshape(M, K), self.weight, safe, self.bias)
+        elif self.stacked is not None and M * G <= 24 and M * G in safe_rows(*self.shape, G, threads):
+            # A few rows: one product of all their leaves with all leaves of the weight, without what mixes two.
+            parts_MGN = product(x.reshape(M * G, K), self.stacked).view(M, G * G, N)[:, :: G + 1]
+            y = add_leaves(parts_MGN.transpose(0, 1), self.bias, x.dtype)
         else:
-            parts = self.in_tiles(rows, self.most) if self.most else self.reference(rows)
-        y = parts[0] if len(parts) == 1 else add_leaves(parts, self.bias, x.dtype)
-        return y.view(*x.shape[:-1], -1)
+            pairs = zip(x.reshape(M, G, K).unbind(1), self.leaves, strict=True)
+            y = add_leaves(torch.stack([in_tiles(*pair, safe) for pair in pairs]), self.bias, x.dtype)
+        return y.view(*x.shape[:-1], N)
 
 
 @opaque("root_mean_square(Tensor x, float eps) -> Tensor", lambda x, eps: x.new_empty(*x.shape[:-1], 1))
@@ -337,36 +322,34 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return (gate / (1 + exp(-gate)) * up).to(gate_up.dtype)
 
 
-def one_by_one(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale):
-    """What `attend` must agree with, and its stand-in: one thread, and each query of each row alone."""
-    tile = Tiling(queries=1, rows=16, keys=SPLIT)
+def attend_safely(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale):
+    """What `attend` must agree with, and its stand-in: one thread, tiles of 16 rows, each row of a batch alone."""
+    tokens = -(-16 * k_BGLD.shape[1] // q_BTHD.shape[2])
     with one_thread():
         rows = zip(*(x.split(1) for x in (q_BTHD, k_BGLD, v_BGLD, bias)), strict=True)
-        return torch.cat([attend(*row, limit_T, scale, tile) for row in rows])
+        return torch.cat([attend(*row, limit_T, scale, Tiling(tokens, tokens, SPLIT)) for row in rows])
 
 
 @functools.cache
 def tiling(B: int, G: int, head_dim: int, group: int, dtype: torch.dtype, threads: int) -> Tiling | None:
     """A tiling with which a query's bits are seen to depend on no other query and not on the span; None if none is."""
-    generator, T, L = torch.Generator().manual_seed(0), 80, SPLIT + 64
-    q, k, v = (torch.randn(B, *shape, head_dim // 2, generator=generator) for shape in ((T, G * group), (G, L), (G, L)))
-    # As in LeafPacked.probe: scores and sums of values are 0 but for rounding, the scores scaled up to matter.
+    T, L, tokens = 80, SPLIT + 64, -(-16 // group)
+    q, k = (4096 * z for z in cancelling((B, T, G * group), (B, G, L), head_dim, dtype))  # scaled up to matter
+    v = torch.randn(k.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     k[:, :, 1::2], v[:, :, 1::2] = k[:, :, ::2], -v[:, :, ::2]
-    order = torch.randperm(head_dim // 2 * 2, generator=generator)
-    q, k, v = (torch.cat(z, -1)[..., order].to(dtype) for z in ((q * 4096, q * 4096), (k * 4096, k * -4096), (v, v)))
-    wanted = []
-    for start in (0, SPLIT - 40):
-        bias, limit = dense_mask(causal, torch.arange(start, start + T).expand(B, -1), L, G * group, dtype)
-        wanted.append((bias, limit, one_by_one(q, k, v, bias, limit, 0.125)))
 
-    def agrees(tile: Tiling, now: slice, bias: Tensor, limit: Tensor, want: Tensor) -> bool:
-        span = -(-int(limit[now.stop - 1]) // 64) * 64
-        got = attend(q[:, now], k[:, :, :span], v[:, :, :span], bias[:, :, now, :span], limit[now], 0.125, tile)
-        return torch.equal(got, want[:, now])
+    def agrees(tile: Tiling, start: int) -> bool:
+        bias, limit = dense_mask(causal, torch.arange(start, start + T).expand(B, -1), L, (G * group, G), dtype)
+        want = attend_safely(q, k, v, bias, limit, 0.125)
+        for count, end in itertools.product((1, 2, 3, 5, 6, 11, 16, 40, T), range(8, T + 1, 8)):
+            now, span = slice(max(end - count, 0), end), -(-(start + end) // 64) * 64
+            mask = bias[:, :, now, :, :span], limit[now]
+            if not torch.equal(attend(q[:, now], k[:, :, :span], v[:, :, :span], *mask, 0.125, tile), want[:, now]):
+                return False
+        return True
 
-    pieces = [slice(max(end - n, 0), end) for n in (1, 2, 3, 5, 6, 11, 16, 40, T) for end in range(8, T + 1, 8)]
-    tiles = (Tiling(), Tiling(rows=16, keys=SPLIT))[head_dim < 64 :]  # short sums hide from the probe
-    return next((t for t in tiles if all(agrees(t, now, *case) for now in pieces for case in wanted)), None)
+    tiles = (Tiling(), Tiling(128 // tokens * tokens, tokens, SPLIT))[head_dim < 64 :]  # short sums hide from the probe
+    return next((tile for tile in tiles if agrees(tile, 0) and agrees(tile, SPLIT - 40)), None)
 
 
 @attention_op("invariant_attention", "Tensor[]")
@@ -376,7 +359,7 @@ def invariant_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
     G, span = k_cache.shape[1], mask[0].shape[-1]
     args = q, k_cache.narrow(2, 0, span), v_cache.narrow(2, 0, span), *mask, scale
     tile = tiling(min(len(q), 2), G, q.shape[3], q.shape[2] // G, q.dtype, torch.get_num_threads())
-    return attend(*args, tile) if tile else one_by_one(*args)
+    return attend(*args, tile) if tile else attend_safely(*args)
 
 
 # The same on a GPU: a dot adds to one fp32 accumulator in ascending k, BLOCK_K at a time at every M, so bits depend on
@@ -550,10 +533,10 @@ class TritonPacked(Packed):
         return y
 
 
-def window_mask(mask_mod: Callable, pos_BT: Tensor, span: int, n_heads: int, dtype: torch.dtype):
+def window_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads: tuple[int, int], dtype: torch.dtype):
     """On a GPU, where the kernel computes the mask, the window; on a CPU a dense mask."""
     if not pos_BT.is_cuda:
-        return dense_mask(mask_mod, pos_BT, span, n_heads, dtype)
+        return dense_mask(mask_mod, pos_BT, span, heads, dtype)
     if (window := 1 << 30 if mask_mod is causal else getattr(mask_mod, "window", None)) is None:
         raise ValueError(f"on a GPU, deterministic attention is causal or a sliding_window, not {mask_mod}")
     return window

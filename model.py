@@ -258,7 +258,7 @@ class Transformer(nn.Module):
         highest. Their keys and values are written to the cache, which must hold every earlier position."""
         # A CUDA graph needs one shape, so there every step looks over the whole cache.
         span = self.whole_blocks(end) if self.device.type == "cpu" else cache[0][0].shape[2]
-        args = (pos_BT, span, self.config.n_heads, self.dtype)
+        args = (pos_BT, span, (self.config.n_heads, self.config.n_kv_heads), self.dtype)
         masks = {window: self.ops.mask(mask_mod, *args) for window, mask_mod in self.mask_mods.items()}
         stack = self.decode_stack if decode else self.prefill_stack if tokens_BT.shape[1] > 1 else self.stack
         return stack(tokens_BT, pos_BT, masks, cache, last)

@@ -95,23 +95,25 @@ SMALL = 2**-15  # 1024 + SMALL is 1024 in fp32
     ],
 )
 def test_order_of_leaves(values, tree):
-    assert add_leaves([torch.tensor([float(x)]) for x in values], None, FP32).tolist() == [tree]
+    parts = torch.tensor(values, dtype=FP32)
+    assert add_leaves(parts[:, None], None, FP32).tolist() == [tree]
+    assert add_leaves(parts[:, None, None].expand(-1, 5, 33), None, FP32).eq(tree).all()
 
 
 def test_order_probe_tells():
     """The values above tell the tree from left to right and from backwards."""
-    parts = [torch.tensor([float(x)]) for x in (1024, SMALL, -1024, SMALL)]
+    parts = torch.tensor([[1024], [SMALL], [-1024], [SMALL]])
     assert left_to_right(parts) == SMALL != add_leaves(parts, None, FP32)
-    parts = [torch.tensor([float(x)]) for x in (1024, -1024, SMALL)]
-    assert left_to_right(parts[::-1]) != add_leaves(parts, None, FP32)
+    parts = torch.tensor([[1024], [-1024], [SMALL]])
+    assert left_to_right(parts.flip(0)) != add_leaves(parts, None, FP32)
 
 
 def test_bias_and_rounding_once():
     """The bias comes after the tree, and the sum is rounded once: in bf16, 1 + 2^-9 is 1."""
-    parts = [torch.tensor([float(x)]) for x in (1024, SMALL, -1024, SMALL)]
+    parts = torch.tensor([[1024], [SMALL], [-1024], [SMALL]])
     assert add_leaves(parts, torch.tensor([SMALL]), FP32).tolist() == [SMALL]
     assert add_leaves(parts[:2], torch.tensor([-1024.0]), FP32).tolist() == [0]
-    parts = [torch.tensor([1.0], dtype=BF16), torch.tensor([2**-9], dtype=BF16)]
+    parts = torch.tensor([[1.0], [2**-9]], dtype=BF16)
     total = add_leaves(parts, torch.tensor([2**-9], dtype=BF16), BF16)
     assert total.dtype == BF16 and total.item() == 1.0  # a tie, to even
     total = add_leaves(parts, torch.tensor([2**-8], dtype=BF16), BF16)
@@ -137,9 +139,11 @@ def layer(kind, dtype, leaves, n=67, k=192, bias=True):
 
 
 def whole(packed, x):
-    """What `reference` makes of all rows."""
-    parts = packed.reference(x)
-    return parts[0] if len(parts) == 1 else add_leaves(parts, packed.bias, x.dtype)
+    """What the reference, in which no number of rows is safe, makes of all rows."""
+    alone, bias = len(packed.leaves) == 1, packed.bias
+    parts = zip(x.chunk(len(packed.leaves), 1), packed.leaves, strict=True)
+    parts = [kernels.in_tiles(*part, range(0), bias if alone else None) for part in parts]
+    return parts[0] if alone else add_leaves(torch.stack(parts), bias, x.dtype)
 
 
 def differing(packed, x, rows=ROWS):
@@ -196,7 +200,7 @@ def test_linear_threads(dtype, leaves):
     for threads, n in pairs((1, 2, 4), (1, 2, 9, 64, 257)):
         torch.set_num_threads(threads)
         assert torch.equal(packed(x[:n]), want.setdefault(n, packed(x[:n])))
-        assert torch.equal(packed(x[:n]), want[n]) and packed.threads == threads
+        assert torch.equal(packed(x[:n]), want[n])
         assert torch.get_num_threads() == threads
     assert not torch.equal(layer(LeafPacked, dtype, 2, 300)(x), want[257])  # another plan shows
 
@@ -207,29 +211,31 @@ def test_linear_without_probe(dtype, leaves, monkeypatch):
     """Where nothing agrees with the reference, the reference runs, and gives the same bits."""
     x, fast = randn(130, 192, seed=5, dtype=dtype), layer(LeafPacked, dtype, leaves)
     want = {n: fast(x[:n]) for n in (1, 2, 17, 130)}
-    asked, reference = [], LeafPacked.reference
-    monkeypatch.setattr(LeafPacked, "limits", {})
-    monkeypatch.setattr(LeafPacked, "probe", lambda self: (False, 0, 0))
-    monkeypatch.setattr(LeafPacked, "reference", lambda self, x: asked.append(len(x)) or reference(self, x))
+    asked, product = [], kernels.product
+    monkeypatch.setattr(kernels, "safe_rows", lambda *shape: range(0))
+    monkeypatch.setattr(kernels, "product", lambda x, *args: asked.append(len(x)) or product(x, *args))
     slow = layer(LeafPacked, dtype, leaves)
     assert all(torch.equal(slow(x[:n]), y) for n, y in want.items())
-    assert asked == list(want)
+    assert asked == [16] * leaves * (1 + 1 + 2 + 9)
     assert not torch.equal(layer(LeafPacked, dtype, 2 if leaves == 1 else 1)(x), want[130])
 
 
-@pytest.mark.parametrize("limits", [(True, 0, 2), (False, 0, 7), (False, 0, 16), (False, 1, 16), (True, 5, 64)])
+@pytest.mark.parametrize("safe", [range(1, 3), range(2, 8), range(2, 17), range(1, 65)])
+@pytest.mark.parametrize("beside", [range(0), range(1, 6), range(3, 17)])
 @pytest.mark.parametrize("leaves", [1, 3])
-def test_linear_in_tiles(limits, leaves, monkeypatch):
-    """Whatever number of rows a probe allows: same bits, and never more rows at once."""
-    packed, sizes, by_leaf = layer(LeafPacked, BF16, leaves), [], LeafPacked.by_leaf
-    limits = (limits[0], limits[1] if leaves > 1 else 0, limits[2])
+def test_linear_in_tiles(safe, beside, leaves, monkeypatch):
+    """Whatever numbers of rows a probe allows: same bits, and no others at once."""
+    packed, sizes, product = layer(LeafPacked, BF16, leaves), [], kernels.product
     x = randn(129, 192, seed=6, dtype=BF16)
     want = whole(packed, x)
-    monkeypatch.setattr(LeafPacked, "limits", {(*packed.shape, torch.get_num_threads()): limits})
-    monkeypatch.setattr(LeafPacked, "by_leaf", lambda self, x: sizes.append(len(x)) or by_leaf(self, x))
+    monkeypatch.setattr(kernels, "safe_rows", lambda n, k, dtype, copies, threads: safe if copies == 1 else beside)
+    counted = lambda x, weight, *bias: sizes.append((len(x), weight is packed.stacked)) or product(x, weight, *bias)
+    monkeypatch.setattr(kernels, "product", counted)
     for n in (1, 2, 8, 17, 50, 129):
         assert torch.equal(packed(x[:n]), want[:n])
-    assert 1 < max(sizes) <= limits[2]
+    assert {n for n, stacked in sizes if not stacked} <= set(safe) and safe[-1] in dict(sizes)
+    stacked = {n for n, stacked in sizes if stacked}
+    assert stacked == ({n for n in (3, 6, 24) if n in beside} if leaves > 1 else set())
 
 
 @pytest.mark.parametrize("leaves", [1, 2, 3])
@@ -287,7 +293,7 @@ class Case:
         pos = torch.stack([torch.arange(s, s + count) for s in starts])
         span = -(-(int(pos.max()) + 1) // 64) * 64 + extra
         q, k, v = (torch.stack([row[s : s + count] for row, s in zip(x, starts, strict=True)]) for x in self.qkv())
-        mask = ops.mask(self.mask_mod, pos, span, self.heads, self.dtype)
+        mask = ops.mask(self.mask_mod, pos, span, (self.heads, self.k.shape[2]), self.dtype)
         return ops.attention(q, k, v, *cache, pos, mask, q.shape[-1] ** -0.5)
 
     def qkv(self):
@@ -429,11 +435,11 @@ def test_attention_rows_differ(dtype):
 @dtypes
 def test_attention_one_by_one(dtype, length, monkeypatch):
     """Where no tiling agrees with it, the reference runs, and gives the same bits."""
-    case, calls, slow = Case(dtype, 2, 3, 64, length, rows=2), [], kernels.one_by_one
+    case, calls, slow = Case(dtype, 2, 3, 64, length, rows=2), [], kernels.attend_safely
     sizes = [length - 20, 1]
     want = case.run(BATCH_INVARIANT, sizes)
     monkeypatch.setattr(kernels, "tiling", lambda *shape: None)
-    monkeypatch.setattr(kernels, "one_by_one", lambda *args: calls.append(1) or slow(*args))
+    monkeypatch.setattr(kernels, "attend_safely", lambda *args: calls.append(1) or slow(*args))
     assert torch.equal(case.run(BATCH_INVARIANT, sizes), want) and len(calls) == 21
     assert not torch.equal(case.run(FAST, sizes), want)
 
