@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import ctypes
-import functools
 import json
 import os
 import re
@@ -25,6 +24,10 @@ from scripts import bench, download
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "SmolLM2-135M-Instruct"
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WORD = 0xFFFFFFFF
+REPORT = """{new_tokens} tokens: decode {decode_tokens_per_sec:.1f} tokens/s, prefill {prefill_tokens_per_sec:.0f} \
+tokens/s, first token after {time_to_first_token_s:.2f} s
+load {load_s:.1f} s, compile {compile_s:.1f} s, weights {model_gb:.2f} GB at {bandwidth_gb_s:.1f} GB/s, {share:.0%} of \
+the {limit:.0f} GB/s that this machine reads"""
 
 
 def mix(x):
@@ -90,9 +93,9 @@ class Sampler:
     def __init__(self, requests: list[Request | None], device: torch.device):
         likeliest = Request(0, "", [], temperature=1.0, top_k=1)  # what temperature 0 means
         rows = [request if request and request.temperature else likeliest for request in requests]
-        settings = [[r.temperature, r.top_k, r.top_p] for r in rows]
-        columns = torch.tensor(settings, device=device, dtype=torch.float64).split(1, dim=1)
-        self.temperature_B1, self.top_k_B1, self.top_p_B1 = columns[0].float(), *columns[1:]
+        self.temperature_B1 = torch.tensor([[r.temperature] for r in rows], device=device)
+        self.top_k_B1 = torch.tensor([[r.top_k] for r in rows], device=device)
+        self.top_p_B1 = torch.tensor([[r.top_p] for r in rows], device=device, dtype=torch.float64)
         self.key_B2 = torch.tensor([noise_key(r.seed, r.sample) for r in rows], device=device)
         self.k, self.nucleus = max(r.top_k for r in rows), any(r.top_p < 1 for r in rows)
 
@@ -130,22 +133,21 @@ class Tokenizer:
         if isinstance(self.template, list):
             self.template = {t["name"]: t["template"] for t in self.template}.get("default")
         with refusing(f"{directory}: expected a readable tokenizer.json or tokenizer.model", Exception):
-            use = self._use_tokenizers if (directory / "tokenizer.json").exists() else self._use_sentencepiece
-            self.encode, decode = use(directory)
+            if (directory / "tokenizer.json").exists():
+                import tokenizers
+
+                hf = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+                self.encode, decode = lambda text, bos=True: hf.encode(text, add_special_tokens=bos).ids, hf.decode
+            else:
+                self.encode, decode = self._sentencepiece(str(directory / "tokenizer.model"))
             lead = self.encode("a", bos=False)  # decoders may drop the space before the first word: another goes first
             known = len(decode(lead))
         self.decode = lambda ids: decode(lead + ids)[known:]
 
-    def _use_tokenizers(self, directory: Path) -> tuple[Callable, Callable]:
-        import tokenizers
-
-        tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-        return lambda text, bos=True: tokenizer.encode(text, add_special_tokens=bos).ids, tokenizer.decode
-
-    def _use_sentencepiece(self, directory: Path) -> tuple[Callable, Callable]:
+    def _sentencepiece(self, file: str) -> tuple[Callable, Callable]:
         from sentencepiece import SentencePieceProcessor
 
-        sp = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+        sp = SentencePieceProcessor(model_file=file)
         special = {t["content"]: int(i) for i, t in self.settings.get("added_tokens_decoder", {}).items()}
         special |= {sp.id_to_piece(i): i for i in range(len(sp)) if sp.is_control(i)}
         marks = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
@@ -316,14 +318,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for flag, (low, high) in ranges.items():
         if not low <= (value := getattr(args, flag)) <= high:
             refuse(f"--{flag} {value} is out of range, expected {low} to {high:g}")
-    excluded = {"random_weights": ["checkpoint_path", "chat"], "score": ["prompt", "prompts_file", "interactive"]}
-    excluded |= {
-        "prompts_file": ["prompt"],
-        "interactive": [*excluded["score"][:2], "random_weights", "json", "output"],
-    }
-    for one, other in [(one, other) for one, others in excluded.items() for other in others]:
-        if getattr(args, one) and getattr(args, other):
-            refuse(f"--{one} excludes --{other}")
+    rivals = ["score interactive prompts_file prompt", "random_weights checkpoint_path", "random_weights chat"]
+    rivals += [f"interactive {flag}" for flag in ("random_weights", "json", "output")]
+    for given in [[flag for flag in row.split() if getattr(args, flag)] for row in rivals]:
+        if len(given) > 1:
+            refuse(f"--{given[0]} excludes --{given[1]}")
     if args.system is not None and not (args.chat or args.interactive):
         refuse("--system needs --chat or --interactive")
     if args.top_p == 0 or "" in args.stop:
@@ -361,15 +360,13 @@ def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> N
         # glibc gives freed buffers back to the kernel and takes page faults for the next: a third of a prefill's time.
         libc.mallopt(-3, 64 << 20)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD
-
     options = model.ops.compile_options | {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    kept = {"fullgraph": True, "isolate_recompiles": True}  # the model never changes; its graphs are no other model's
     graphs = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
-    # The model never changes, and isolated graphs are those of no other model.
-    compiled = functools.partial(torch.compile, model.stack, fullgraph=True, isolate_recompiles=True)
     if compile_decode:
-        model.decode_stack = compiled(options=options | graphs)
+        model.decode_stack = torch.compile(model.stack, options=options | graphs, **kept)
     if compile_prefill:
-        model.prefill_stack = compiled(dynamic=True, options=options)
+        model.prefill_stack = torch.compile(model.stack, options=options, dynamic=True, **kept)
 
 
 def warm_up(model: Transformer, batch_size: int, length: int) -> None:
@@ -382,10 +379,9 @@ def read_lines(flag: str, path: Path) -> list[tuple[str, str]]:
     """(its place, a line) for each line of a text that is not blank; -: standard input. Raises InputError."""
     with refusing(f"{flag} {path} cannot be read", OSError, ValueError):
         text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode()
-    lines = [
-        (f"{flag} {path}, line {i} is refused", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()
-    ]
-    return lines or refuse(f"{flag} {path} is empty")
+    lines = enumerate(text.split("\n"), start=1)
+    found = [(f"{flag} {path}, line {i} is refused", line) for i, line in lines if line.strip()]
+    return found or refuse(f"{flag} {path} is empty")
 
 
 def read_prompts(args: argparse.Namespace) -> list[dict]:
@@ -443,12 +439,6 @@ def resume(path: Path) -> set[tuple]:
     return done
 
 
-REPORT = """{new_tokens} tokens: decode {decode_tokens_per_sec:.1f} tokens/s, prefill {prefill_tokens_per_sec:.0f} \
-tokens/s, first token after {time_to_first_token_s:.2f} s
-load {load_s:.1f} s, compile {compile_s:.1f} s, weights {model_gb:.2f} GB at {bandwidth_gb_s:.1f} GB/s, {share:.0%} of \
-the {limit:.0f} GB/s that this machine reads"""
-
-
 def report(engine: Engine, load_s: float, compile_s: float, as_json: bool) -> None:
     """The stats line, and the same for a person."""
     seconds = {phase: spent or 1 for phase, spent in engine.seconds.items()}  # the speed of nothing is 0
@@ -479,19 +469,15 @@ def read_completions(path: Path, config: ModelConfig) -> list[dict]:
     return entries or refuse(f"--score {path} has no completion")
 
 
-def rescore(engine: Engine, entries: list[dict], args: argparse.Namespace) -> None:
-    """Print each completion as it was read, with logprobs recomputed by prefill, and append it to --output."""
-    with open(args.output or os.devnull, "a", encoding="utf-8") as file:
-        for entry in entries:
-            scored = entry | {"logprobs": engine.score(entry["prompt_ids"], entry["tokens"])}
-            for out in (file, sys.stdout):
-                print(json.dumps(scored, ensure_ascii=False), file=out, flush=True)
-
-
-def run(engine: Engine, requests: list[Request], args: argparse.Namespace) -> None:
-    """Generate, print as it comes, and append each completion to --output as it ends."""
+def run(engine: Engine, requests: list[Request], scored: list[dict], args: argparse.Namespace) -> None:
+    """Generate and print as it comes, or print completions as they were read, with logprobs recomputed by prefill; each
+    is appended to --output as it ends."""
     streaming, end = engine.batch_size == 1 and not args.json, "\n\n"[: len(requests)]
     with open(args.output or os.devnull, "a", encoding="utf-8") as file:
+        for entry in scored:
+            line = entry | {"logprobs": engine.score(entry["prompt_ids"], entry["tokens"])}
+            for out in (file, sys.stdout):
+                print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
         for completion, text in engine.generate(requests):
             done, lead = completion.finish_reason, "" if args.chat else completion.request.prompt
             if done:
@@ -544,8 +530,7 @@ def main(argv: list[str] | None = None) -> None:
     compile_s = time.perf_counter() - start
     engine = Engine(model, tokenizer, args.batch_size, length, args.prefill_chunk)
     with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profile:
-        work = (converse,) if args.interactive else (rescore, scored) if args.score else (run, requests)
-        work[0](engine, *work[1:], args)
+        converse(engine, args) if args.interactive else run(engine, requests, scored, args)
     if profile:
         profile.export_chrome_trace(args.profile)
     if not args.interactive:
