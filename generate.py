@@ -4,12 +4,10 @@ import argparse
 import contextlib
 import ctypes
 import json
-import math
 import os
 import re
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,12 +18,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
 from kernels import BATCH_INVARIANT, FAST
-from model import InputError, ModelConfig, Transformer, load_checkpoint, randomize, read_json, refuse
+from model import InputError, ModelConfig, Transformer, load_checkpoint, randomize, read_json, refuse, refusing
 from scripts import bench, download
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "SmolLM2-135M-Instruct"
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WORD = 0xFFFFFFFF
+REPORT = """{new_tokens} tokens: decode {decode_tokens_per_sec:.1f} tokens/s, prefill {prefill_tokens_per_sec:.0f} \
+tokens/s, first token after {time_to_first_token_s:.2f} s
+load {load_s:.1f} s, compile {compile_s:.1f} s, weights {model_gb:.2f} GB at {bandwidth_gb_s:.1f} GB/s, {share:.0%} of \
+the {limit:.0f} GB/s that this machine reads"""
 
 
 def mix(x):
@@ -130,37 +132,33 @@ class Tokenizer:
         self.template = jinja.read_text() if jinja.exists() else self.settings.get("chat_template")
         if isinstance(self.template, list):
             self.template = {t["name"]: t["template"] for t in self.template}.get("default")
-        use = self._use_tokenizers if (directory / "tokenizer.json").exists() else self._use_sentencepiece
-        try:
-            self.encode, decode = use(directory)
+        with refusing(f"{directory}: expected a readable tokenizer.json or tokenizer.model", Exception):
+            if (directory / "tokenizer.json").exists():
+                import tokenizers
+
+                hf = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+                self.encode, decode = lambda text, bos=True: hf.encode(text, add_special_tokens=bos).ids, hf.decode
+            else:
+                self.encode, decode = self._sentencepiece(str(directory / "tokenizer.model"))
             lead = self.encode("a", bos=False)  # decoders may drop the space before the first word: another goes first
             known = len(decode(lead))
-        except Exception as e:  # the libraries raise plain Exception for a broken file
-            raise InputError(f"{directory}: expected a readable tokenizer.json or tokenizer.model: {e}") from e
         self.decode = lambda ids: decode(lead + ids)[known:]
 
-    def _use_tokenizers(self, directory: Path) -> tuple[Callable, Callable]:
-        from tokenizers import Tokenizer as HFTokenizer
-
-        tokenizer = HFTokenizer.from_file(str(directory / "tokenizer.json"))
-        return lambda text, bos=True: tokenizer.encode(text, add_special_tokens=bos).ids, tokenizer.decode
-
-    def _use_sentencepiece(self, directory: Path) -> tuple[Callable, Callable]:
+    def _sentencepiece(self, file: str) -> tuple[Callable, Callable]:
         from sentencepiece import SentencePieceProcessor
 
-        sp = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
-        size, bos_id = sp.get_piece_size(), sp.bos_id()
+        sp = SentencePieceProcessor(model_file=file)
         special = {t["content"]: int(i) for i, t in self.settings.get("added_tokens_decoder", {}).items()}
-        special |= {sp.id_to_piece(i): i for i in range(size) if sp.is_control(i)}
+        special |= {sp.id_to_piece(i): i for i in range(len(sp)) if sp.is_control(i)}
         marks = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
-        first = [bos_id] if self.settings.get("add_bos_token", True) and bos_id >= 0 else []
+        add_bos = self.settings.get("add_bos_token", True) and sp.bos_id() >= 0
 
         def encode(text: str, bos: bool = True) -> list[int]:
             if bos:  # a plain prompt: what looks like a special token is text
-                return first + sp.encode(text)
+                return sp.encode(text, add_bos=add_bos)
             return [i for part in marks.split(text) for i in ([special[part]] if part in special else sp.encode(part))]
 
-        return encode, lambda ids: sp.decode([i for i in ids if i < size])
+        return encode, lambda ids: sp.decode([i for i in ids if i < len(sp)])
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation, ready for the next answer, by the checkpoint's template: untrusted code, sandboxed."""
@@ -168,11 +166,9 @@ class Tokenizer:
         env.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
         tokens = {n: self.settings.get(n) or "" for n in ("bos_token", "eos_token", "unk_token", "pad_token")}
         tokens = {n: token["content"] if isinstance(token, dict) else token for n, token in tokens.items()}
-        try:
+        with refusing("the chat template failed", Exception):  # whatever a template can do wrong
             template = env.from_string(self.template or refuse("this checkpoint has none"))
             text = template.render(messages=messages, add_generation_prompt=True, **tokens)
-        except Exception as e:  # whatever a template can do wrong
-            raise InputError(f"the chat template failed: {e}") from e
         return self.encode(text, bos=False)
 
 
@@ -181,7 +177,6 @@ class Completion:
 
     def __init__(self, request: Request, tokenizer: Tokenizer):
         self.request, self.tokenizer, self.tokens, self.logprobs = request, tokenizer, [], []
-        self.length = len(request.prompt_ids)  # of the prompt and the tokens
         self.finish_reason = None if request.max_new_tokens else "length"  # the prompt fills the context
         # `shown` characters of the text have been returned, and it ends with the text of tokens[base:read].
         self.text, self.shown, self.base, self.read = "", 0, 0, 0
@@ -190,11 +185,8 @@ class Completion:
         """Add a drawn token; returns the text that became certain: no half characters, nothing of a stop string."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        self.length += 1
-        if token in self.tokenizer.eos_ids and not self.request.ignore_eos:
-            self.finish_reason = "stop"
-        elif len(self.tokens) >= self.request.max_new_tokens:
-            self.finish_reason = "length"
+        stops = token in self.tokenizer.eos_ids and not self.request.ignore_eos
+        self.finish_reason = "stop" if stops else "length" if len(self.tokens) >= self.request.max_new_tokens else None
         # A short window is enough: what a token adds depends on its neighbours only.
         before, now = (self.tokenizer.decode(self.tokens[self.base : end]) for end in (self.read, None))
         if self.finish_reason or not now.endswith("\ufffd"):
@@ -204,8 +196,8 @@ class Completion:
         if ends:
             self.text, self.finish_reason = self.text[: min(ends)], "stop"
         elif not self.finish_reason:  # what may become a stop string is held back
-            starts = [stop[:n] for stop in self.request.stop for n in range(1, len(stop))]
-            ends = [len(self.text) - len(start) for start in starts if self.text.endswith(start, self.shown)]
+            begun = lambda i: any(stop.startswith(self.text[i:]) for stop in self.request.stop)
+            ends = filter(begun, range(self.shown, len(self.text)))
         certain = min(ends, default=len(self.text))
         new, self.shown = self.text[self.shown : certain], certain
         return new
@@ -235,12 +227,8 @@ class Engine:
         pos_BT = torch.tensor([range(start, start + T) for start in starts], device=self.model.device)
         return self.model(tokens_BT, pos_BT, cache, max(starts) + T, last, decode=slot is None)
 
-    def _draw(self, batch: list[Completion | None], sampler: Sampler, logits_BV: Tensor) -> list[tuple]:
-        """(completion, its next token, the token's logprob) for each row at work."""
-        pos_B = torch.tensor([c.length if c else 0 for c in batch], device=self.model.device)
-        tokens_B = sampler(logits_BV, pos_B)
-        logprobs_B = self.model.ops.log_softmax(logits_BV).gather(-1, tokens_B[:, None])[:, 0]
-        return [row for row in zip(batch, tokens_B.tolist(), logprobs_B.tolist(), strict=True) if row[0]]
+    def _logprobs(self, logits_NV: Tensor, ids_N: Tensor) -> list[float]:
+        return self.model.ops.log_softmax(logits_NV).gather(-1, ids_N[:, None])[:, 0].tolist()
 
     @torch.inference_mode()
     def generate(self, requests: list[Request]) -> Iterator[tuple[Completion, str]]:
@@ -254,17 +242,20 @@ class Engine:
                     yield completion, ""
                     continue
                 slots[slot], batch, ids = completion, [completion], completion.request.prompt_ids
-                phase, sampler = "prefill", Sampler([completion.request], self.model.device)
+                phase, sampler, ends = "prefill", Sampler([completion.request], self.model.device), [len(ids)]
                 for i in range(0, len(ids), self.chunk):
                     logits_BV = self._feed([ids[i : i + self.chunk]], [i], slot)[:, -1]
             else:
                 if phase == "prefill":  # since the last step a slot has changed hands
                     phase, sampler = "decode", Sampler([c and c.request for c in slots], self.model.device)
                 # An idle slot computes at position 0, which its next prompt overwrites.
-                tokens, starts = zip(*[([c.tokens[-1]], c.length - 1) if c else ([0], 0) for c in slots], strict=True)
-                logits_BV, batch = self._feed(tokens, starts)[:, -1], slots
+                batch, tokens = slots, [[c.tokens[-1] if c else 0] for c in slots]
+                ends = [len(c.request.prompt_ids) + len(c.tokens) if c else 1 for c in slots]
+                logits_BV = self._feed(tokens, [end - 1 for end in ends])[:, -1]
                 self.steps += 1
-            drawn = self._draw(batch, sampler, logits_BV)
+            tokens_B = sampler(logits_BV, torch.tensor(ends, device=self.model.device))
+            drawn = zip(batch, tokens_B.tolist(), self._logprobs(logits_BV, tokens_B), strict=True)
+            drawn = [row for row in drawn if row[0]]
             self.first_token_s = self.first_token_s or time.perf_counter() - began
             self.seconds[phase] += time.perf_counter() - start
             self.tokens[phase] += len(ids) if phase == "prefill" else len(drawn)
@@ -280,7 +271,7 @@ class Engine:
         for i in range(0, len(ids) - 1, chunk):
             targets_T = torch.tensor(ids[i + 1 : i + 1 + chunk], device=self.model.device)
             logits_TV = self._feed([ids[i : i + len(targets_T)]], [i], slot=0, last=False)[0]
-            logprobs += self.model.ops.log_softmax(logits_TV).gather(-1, targets_T[:, None])[:, 0].tolist()
+            logprobs += self._logprobs(logits_TV, targets_T)
         self.tokens["prefill"] += len(ids)
         self.seconds["prefill"] += time.perf_counter() - start
         return logprobs[len(prompt_ids) - 1 :]
@@ -327,12 +318,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for flag, (low, high) in ranges.items():
         if not low <= (value := getattr(args, flag)) <= high:
             refuse(f"--{flag} {value} is out of range, expected {low} to {high:g}")
-    excluded = [("random_weights", "checkpoint_path"), ("random_weights", "chat"), ("prompt", "prompts_file")]
-    excluded += [("interactive", flag) for flag in ("prompt", "prompts_file", "random_weights", "json", "output")]
-    excluded += [("score", flag) for flag in ("prompt", "prompts_file", "interactive")]
-    for one, other in excluded:
-        if getattr(args, one) and getattr(args, other):
-            refuse(f"--{one} excludes --{other}")
+    rivals = ["score interactive prompts_file prompt", "random_weights checkpoint_path", "random_weights chat"]
+    rivals += [f"interactive {flag}" for flag in ("random_weights", "json", "output")]
+    for given in [[flag for flag in row.split() if getattr(args, flag)] for row in rivals]:
+        if len(given) > 1:
+            refuse(f"--{given[0]} excludes --{given[1]}")
     if args.system is not None and not (args.chat or args.interactive):
         refuse("--system needs --chat or --interactive")
     if args.top_p == 0 or "" in args.stop:
@@ -351,10 +341,8 @@ def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
     directory, shape = args.checkpoint_path or DEFAULT_CHECKPOINT, args.random_weights
     if not (shape or args.checkpoint_path or directory.exists()):
         say(f"{directory} is missing, fetching it")
-        try:
+        with refusing("the default checkpoint cannot be had", ValueError, ImportError):
             download.fetch_default(directory)
-        except (ValueError, ImportError) as e:
-            raise InputError(f"the default checkpoint cannot be had: {e}") from e
     config, device = ModelConfig.from_file(shape or directory / "config.json"), torch.device(args.device)
     tokenizer = Tokenizer(None if shape else directory)
     ops, show = BATCH_INVARIANT if args.deterministic else FAST, sys.stderr.isatty()
@@ -372,19 +360,13 @@ def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> N
         # glibc gives freed buffers back to the kernel and takes page faults for the next: a third of a prefill's time.
         libc.mallopt(-3, 64 << 20)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD
-
-    def compiled(dynamic: bool | None, **options) -> Callable:
-        # Dynamo keeps graphs by code object: with a copy, no model runs another's.
-        stack = types.FunctionType(Transformer.stack.__code__.replace(), Transformer.stack.__globals__)
-        options |= model.ops.compile_options | {
-            "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe
-        }  # the model never changes
-        return torch.compile(types.MethodType(stack, model), fullgraph=True, dynamic=dynamic, options=options)
-
+    options = model.ops.compile_options | {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    kept = {"fullgraph": True, "isolate_recompiles": True}  # the model never changes; its graphs are no other model's
+    graphs = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
     if compile_decode:
-        model.decode_stack = compiled(None, **({"triton.cudagraphs": True} if model.device.type == "cuda" else {}))
+        model.decode_stack = torch.compile(model.stack, options=options | graphs, **kept)
     if compile_prefill:
-        model.prefill_stack = compiled(True)
+        model.prefill_stack = torch.compile(model.stack, options=options, dynamic=True, **kept)
 
 
 def warm_up(model: Transformer, batch_size: int, length: int) -> None:
@@ -393,11 +375,13 @@ def warm_up(model: Transformer, batch_size: int, length: int) -> None:
     list(engine.generate([Request(0, "", [0, 0], max_new_tokens=4)] * batch_size))
 
 
-def read_text(flag: str, path: Path) -> str:
-    try:
-        return (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode()
-    except (OSError, ValueError) as e:
-        raise InputError(f"{flag} {path} cannot be read: {e}") from e
+def read_lines(flag: str, path: Path) -> list[tuple[str, str]]:
+    """(its place, a line) for each line of a text that is not blank; -: standard input. Raises InputError."""
+    with refusing(f"{flag} {path} cannot be read", OSError, ValueError):
+        text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode()
+    lines = enumerate(text.split("\n"), start=1)
+    found = [(f"{flag} {path}, line {i} is refused", line) for i, line in lines if line.strip()]
+    return found or refuse(f"{flag} {path} is empty")
 
 
 def read_prompts(args: argparse.Namespace) -> list[dict]:
@@ -405,20 +389,18 @@ def read_prompts(args: argparse.Namespace) -> list[dict]:
     if not (path := args.prompts_file):
         texts = args.prompt or ["128" if args.random_weights else "Hello, my name is"]
         return [{"id": i, "prompt": text} for i, text in enumerate(texts)]
-    text = read_text("--prompts_file", path)
-    is_json = path.suffix == ".jsonl" or (str(path) == "-" and text.lstrip().startswith('{"'))
+    lines = read_lines("--prompts_file", path)
+    is_json = path.suffix == ".jsonl" or (str(path) == "-" and lines[0][1].lstrip().startswith('{"'))
     kinds, prompts = {"prompt": [str], "id": [str, int], "seed": [int], "max_new_tokens": [int]}, {}
-    for i, line in [(i, line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]:
-        try:
+    for place, line in lines:
+        with refusing(place, ValueError, TypeError, KeyError):
             given = {"id": len(prompts)} | (json.loads(line) if is_json else {"prompt": line.removesuffix("\r")})
             entry = {name: given[name] for name in kinds if name in given or name == "prompt"}
             kind_is_wrong = any(type(value) not in kinds[name] for name, value in entry.items())
             if kind_is_wrong or entry.get("max_new_tokens", 1) < 1 or entry["id"] in prompts:
-                raise ValueError("expected a text as prompt, an id of its own, integers as seed and max_new_tokens")
-        except (ValueError, TypeError, KeyError) as e:
-            raise InputError(f"--prompts_file {path}, line {i}: {e}") from e
-        prompts[entry["id"]] = entry
-    return list(prompts.values()) or refuse(f"--prompts_file {path} has no prompt")
+                refuse("expected a text as prompt, an id of its own, integers as seed and max_new_tokens")
+            prompts[entry["id"]] = entry
+    return list(prompts.values())
 
 
 def encode_prompt(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
@@ -447,12 +429,11 @@ def make_requests(args: argparse.Namespace, config: ModelConfig, entry: dict, id
 def resume(path: Path) -> set[tuple]:
     """(id, sample) of each completion in an --output file, whose torn last line, if it has one, is cut off."""
     *lines, torn = (path.read_bytes() if path.exists() else b"").split(b"\n")
-    try:
+    foreign = f"--output {path} holds something else than completions, which would be lost"
+    with refusing(foreign, ValueError, KeyError, TypeError):
         done = {(entry["id"], entry["sample"]) for entry in map(json.loads, lines) if "stats" not in entry}
         if not b'{"id": '.startswith(torn[:7]):
-            raise ValueError
-    except (ValueError, KeyError, TypeError) as e:
-        raise InputError(f"--output {path} holds something else than completions, which would be lost") from e
+            refuse("its last line")
     if torn:
         os.truncate(path, path.stat().st_size - len(torn))
     return done
@@ -460,52 +441,43 @@ def resume(path: Path) -> set[tuple]:
 
 def report(engine: Engine, load_s: float, compile_s: float, as_json: bool) -> None:
     """The stats line, and the same for a person."""
-    size, device, first, new = engine.model.nbytes, engine.model.device, engine.first_token_s, engine.tokens["new"]
-    seconds = {phase: spent or math.inf for phase, spent in engine.seconds.items()}  # the speed of nothing is 0
-    decode, prefill = (engine.tokens[phase] / seconds[phase] for phase in ("decode", "prefill"))
-    rate = size * engine.steps / seconds["decode"]
-    stats = {"decode_tokens_per_sec": decode, "prefill_tokens_per_sec": prefill, "time_to_first_token_s": first}
-    stats |= {"load_s": load_s, "compile_s": compile_s, "new_tokens": new, "model_bytes": size}
-    stats |= {"bandwidth_gb_s": rate / 1e9, "accept_counts": [], "peak_memory_gb": bench.peak_memory(device) / 1e9}
+    seconds = {phase: spent or 1 for phase, spent in engine.seconds.items()}  # the speed of nothing is 0
+    stats = {f"{phase}_tokens_per_sec": engine.tokens[phase] / seconds[phase] for phase in ("decode", "prefill")}
+    stats |= {"time_to_first_token_s": engine.first_token_s, "load_s": load_s, "compile_s": compile_s}
+    stats |= {"new_tokens": engine.tokens["new"], "model_bytes": engine.model.nbytes}
+    stats |= {"bandwidth_gb_s": engine.model.nbytes * engine.steps / seconds["decode"] / 1e9, "accept_counts": []}
+    stats |= {"peak_memory_gb": bench.peak_memory(engine.model.device) / 1e9}
+    stats |= {"deterministic": engine.model.ops is BATCH_INVARIANT}
     if as_json:
-        print(json.dumps({"stats": stats | {"deterministic": engine.model.ops is BATCH_INVARIANT}}), flush=True)
-    limit = bench.read_bandwidth(device)  # only now: it takes memory
-    say(f"{new} tokens: decode {decode:.1f} tokens/s, prefill {prefill:.0f} tokens/s, first token after {first:.2f} s")
-    say(f"load {load_s:.1f} s, compile {compile_s:.1f} s, weights {size / 1e9:.2f} GB at {rate / 1e9:.1f} GB/s", end="")
-    say(f", {rate / limit:.0%} of the {limit / 1e9:.0f} GB/s that this machine reads")
+        print(json.dumps({"stats": stats}), flush=True)
+    limit = bench.read_bandwidth(engine.model.device) / 1e9  # only now: it takes memory
+    say(REPORT.format(**stats, model_gb=engine.model.nbytes / 1e9, limit=limit, share=stats["bandwidth_gb_s"] / limit))
 
 
 def read_completions(path: Path, config: ModelConfig) -> list[dict]:
     """The completions of a .jsonl file, its stats line left out, checked against the model; raises InputError."""
-    entries, lines = [], enumerate(read_text("--score", path).split("\n"), start=1)
-    for i, line in [(i, line) for i, line in lines if line.strip()]:
-        try:
+    entries = []
+    for place, line in read_lines("--score", path):
+        with refusing(place, ValueError, TypeError, KeyError):
             entry = json.loads(line)
-            if "stats" in entry:
-                continue
-            ids = entry["prompt_ids"] + entry["tokens"]
-            fits = entry["prompt_ids"] and len(ids) <= config.context
-            if not fits or any(type(x) is not int or not 0 <= x < config.vocab_size for x in ids):
-                raise ValueError(f"expected 1 to {config.context} ids from 0 to {config.vocab_size - 1}")
-        except (ValueError, TypeError, KeyError) as e:
-            raise InputError(f"--score {path}, line {i} is no completion that this model can score: {e}") from e
-        entries.append(entry)
+            if "stats" not in entry:
+                ids, most = entry["prompt_ids"] + entry["tokens"], config.context
+                fits = entry["prompt_ids"] and len(ids) <= most
+                if not fits or any(type(x) is not int or not 0 <= x < config.vocab_size for x in ids):
+                    refuse(f"expected 1 to {most} ids from 0 to {config.vocab_size - 1}, the first of them prompt_ids")
+                entries.append(entry)
     return entries or refuse(f"--score {path} has no completion")
 
 
-def rescore(engine: Engine, entries: list[dict], args: argparse.Namespace) -> None:
-    """Print each completion as it was read, with logprobs recomputed by prefill, and append it to --output."""
-    with open(args.output or os.devnull, "a", encoding="utf-8") as file:
-        for entry in entries:
-            scored = entry | {"logprobs": engine.score(entry["prompt_ids"], entry["tokens"])}
-            for out in (file, sys.stdout):
-                print(json.dumps(scored, ensure_ascii=False), file=out, flush=True)
-
-
-def run(engine: Engine, requests: list[Request], args: argparse.Namespace) -> None:
-    """Generate, print as it comes, and append each completion to --output as it ends."""
+def run(engine: Engine, requests: list[Request], scored: list[dict], args: argparse.Namespace) -> None:
+    """Generate and print as it comes, or print completions as they were read, with logprobs recomputed by prefill; each
+    is appended to --output as it ends."""
     streaming, end = engine.batch_size == 1 and not args.json, "\n\n"[: len(requests)]
     with open(args.output or os.devnull, "a", encoding="utf-8") as file:
+        for entry in scored:
+            line = entry | {"logprobs": engine.score(entry["prompt_ids"], entry["tokens"])}
+            for out in (file, sys.stdout):
+                print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
         for completion, text in engine.generate(requests):
             done, lead = completion.finish_reason, "" if args.chat else completion.request.prompt
             if done:
@@ -558,8 +530,7 @@ def main(argv: list[str] | None = None) -> None:
     compile_s = time.perf_counter() - start
     engine = Engine(model, tokenizer, args.batch_size, length, args.prefill_chunk)
     with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profile:
-        work = (converse,) if args.interactive else (rescore, scored) if args.score else (run, requests)
-        work[0](engine, *work[1:], args)
+        converse(engine, args) if args.interactive else run(engine, requests, scored, args)
     if profile:
         profile.export_chrome_trace(args.profile)
     if not args.interactive:
