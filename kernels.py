@@ -368,7 +368,7 @@ def invariant_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
 def triton_kernels() -> SimpleNamespace:
     """Triton, imported when a GPU asks. What a kernel calls is global, where the interpreter finds it. What varies from
     call to call is not specialized: another kernel may have another layout, in which sums have another order."""
-    global tl, merge
+    global tl, merge, tree
     import triton
     import triton.language as tl
 
@@ -386,83 +386,74 @@ def triton_kernels() -> SimpleNamespace:
             if scale is not None:
                 b = ((b >> (k[None, :] % 2 * 4)) & 15 if PER_BYTE == 2 else b).to(tl.float32)
                 group = n * (K // GROUP) + start // GROUP
-                if zero is not None:
-                    b -= tl.load(zero + group, mask=n < N, other=0).to(tl.float32)
+                b -= 0 if zero is None else tl.load(zero + group, mask=n < N, other=0).to(tl.float32)
                 b = (b * tl.load(scale + group, mask=n < N, other=0).to(tl.float32)).to(a.dtype)
             acc = tl.dot(b, a, acc, input_precision="ieee")
-        if bias is not None:
-            acc += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
-        at = tl.program_id(2).to(tl.int64) * M * N + m * N + n
-        tl.store(y + at, acc.to(y.dtype.element_ty), mask=(m < M) & (n < N))
+        acc += 0 if bias is None else tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
+        y += tl.program_id(2).to(tl.int64) * M * N
+        tl.store(y + m * N + n, acc.to(y.dtype.element_ty), mask=(m < M) & (n < N))
+
+    @triton.jit
+    def tree(parts, size, mask, POWER: tl.constexpr, LEAVES: tl.constexpr):
+        """A power of two of leaves is added by halves, others from left to right."""
+        if LEAVES == 1:
+            return tl.load(parts, mask=mask, other=0)
+        else:
+            left: tl.constexpr = LEAVES // 2 if POWER else LEAVES - 1
+            right = tree(parts + left * size, size, mask, POWER, LEAVES - left)
+            return tree(parts, size, mask, POWER, left) + right
 
     @triton.jit(do_not_specialize=["size"])
     def add_leaves(parts, bias, y, size, N, LEAVES: tl.constexpr, BLOCK: tl.constexpr):
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.load(parts + i, mask=i < size, other=0)
-        for leaf in tl.static_range(1, LEAVES if LEAVES % 2 else 1):
-            total += tl.load(parts + i + leaf * size, mask=i < size, other=0)
-        if LEAVES % 2 == 0:
-            at = tl.arange(0, LEAVES)[:, None] * size + i[None, :]
-            tree = tl.load(parts + at, mask=(i < size)[None, :], other=0)
-            for level in tl.static_range(1, 4):  # a sum of two neighbours has one order
-                if LEAVES >> level:
-                    tree = tl.sum(tl.reshape(tree, (LEAVES >> level, 2, BLOCK)), 1)
-            total = tl.reshape(tree, (BLOCK,))
-        if bias is not None:
-            total += tl.load(bias + i % N, mask=i < size, other=0).to(tl.float32)
+        total = tree(parts + i, size, i < size, LEAVES % 2 == 0, LEAVES)
+        total += 0 if bias is None else tl.load(bias + i % N, mask=i < size, other=0).to(tl.float32)
         tl.store(y + i, total.to(y.dtype.element_ty), mask=i < size)
 
     @triton.jit
     def merge(top, total, acc, top_2, total_2, acc_2):
         """Softmax over two sets of keys, each given as its highest score in log2, the sum of its weights relative to
-        that, and the weighted sum of its values. A set without keys (-inf, 0, 0) changes no bits of the other."""
+        that, and the weighted sum of its values. A set without keys (-3e38, 0, 0) changes no bits of the other."""
         both = tl.maximum(top, top_2)
-        safe = tl.where(both == float("-inf"), 0.0, both)
-        old, new = tl.exp2(top - safe), tl.exp2(top_2 - safe)
+        old, new = tl.exp2(top - both), tl.exp2(top_2 - both)
         return both, total * old + total_2 * new, acc * old[:, None] + acc_2 * new[:, None]
 
     @triton.jit(do_not_specialize=["T", "L", "window"])
-    def attention(q, k_cache, v_cache, pos, y, stats, parts, T, L, window, scale, G: tl.constexpr, GROUP: tl.constexpr,
-        D: tl.constexpr, SPLIT: tl.constexpr, D_PAD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-        """A block of rows, the queries of one KV head, over all their splits; where `parts` is given, over one."""
+    def attention(q, k_cache, v_cache, pos, y, stats, T, L, window, scale, G: tl.constexpr, GROUP: tl.constexpr,
+                  D: tl.constexpr, SPLIT: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+        """A block of rows, the queries of one KV head, over all their splits; where `stats` is given, over one."""
         b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
-        r, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, D_PAD)
+        r, d = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, D_PAD)[None, :]
         t, row = r // GROUP, (b * T + r // GROUP) * (G * GROUP) + g * GROUP + r % GROUP
-        p = tl.load(pos + b * T + t, mask=t < T, other=-1).to(tl.int32)  # rows of padding see nothing
-        last = tl.max(p, 0)
-        first = tl.maximum(tl.min(tl.where(t < T, p, last), 0) - window + 1, 0)
-        at, real = row[:, None] * D + d[None, :], (t < T)[:, None] & (d < D)[None, :]
-        queries = tl.load(q + at, mask=real, other=0)
-        none, zero = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, D_PAD), tl.float32)
-        empty = none - float("inf")
-        top, total, acc = empty, none, zero
-        begin, end = first // SPLIT, last // SPLIT + 1
-        if parts is not None:
-            begin, end = tl.program_id(2), tl.program_id(2) + 1
-        for split in range(begin, end):
-            top_s, total_s, acc_s = empty, none, zero
+        p = tl.load(pos + b * T + tl.minimum(t, T - 1)).to(tl.int32)
+        first, last = tl.maximum(tl.min(p, 0) - window + 1, 0), tl.max(p, 0)  # keys that a row of the block may see
+        real = (t < T)[:, None] & (d < D)
+        queries = tl.load(q + row[:, None] * D + d, mask=real, other=0)
+        none, zero = tl.zeros((TILE,), tl.float32), tl.zeros((TILE, D_PAD), tl.float32)
+        top, total, acc = none - 3e38, none, zero
+        for split in range(tl.program_id(2), last // SPLIT + 1, tl.num_programs(2)):
+            top_s, total_s, acc_s = none - 3e38, none, zero
             start = tl.maximum(split * SPLIT, first // TILE * TILE)
             for key in range(start, tl.minimum(split * SPLIT + SPLIT, last + 1), TILE):
                 j = key + tl.arange(0, TILE)
-                cell, there = (b * G + g) * L * D + j[:, None] * D + d[None, :], (j <= last)[:, None] & (d < D)[None, :]
-                keys = tl.load(k_cache + cell, mask=there, other=0)
-                values = tl.load(v_cache + cell, mask=there, other=0)
+                at, there = ((b * G + g) * L + j[:, None]) * D + d, (j <= last)[:, None] & (d < D)
+                keys = tl.load(k_cache + at, mask=there, other=0)
+                values = tl.load(v_cache + at, mask=there, other=0)
                 scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
                 back = p[:, None] - j[None, :]
                 scores = tl.where((back >= 0) & (back < window), scores, float("-inf"))
                 both = tl.maximum(top_s, tl.max(scores, 1))
-                safe = tl.where(both == float("-inf"), 0.0, both)
-                weights, old = tl.exp2(scores - safe[:, None]), tl.exp2(top_s - safe)
+                weights, old = tl.exp2(scores - both[:, None]), tl.exp2(top_s - both)
                 top_s, total_s = both, total_s * old + tl.sum(weights, 1)
                 acc_s = tl.dot(weights.to(values.dtype), values, acc_s * old[:, None], input_precision="ieee")
             top, total, acc = merge(top, total, acc, top_s, total_s, acc_s)
-        if parts is not None:
-            row += tl.program_id(2) * (tl.num_programs(1) // G) * T * (G * GROUP)
+        if stats is not None:
+            row += tl.program_id(2) * tl.num_programs(1) * T * GROUP
             tl.store(stats + 2 * row, top, mask=t < T)
             tl.store(stats + 2 * row + 1, total, mask=t < T)
-            tl.store(parts + row[:, None] * D + d[None, :], acc, mask=real)
         else:
-            tl.store(y + at, (acc / total[:, None]).to(y.dtype.element_ty), mask=real)
+            acc /= total[:, None]
+        tl.store(y + row[:, None] * D + d, acc.to(y.dtype.element_ty), mask=real)
 
     @triton.jit(do_not_specialize=["rows", "window"])
     def combine(pos, y, stats, parts, rows, window, H: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
@@ -471,7 +462,7 @@ def triton_kernels() -> SimpleNamespace:
         row, d = tl.program_id(0).to(tl.int64) + tl.arange(0, 1), tl.arange(0, D_PAD)[None, :]
         p = tl.load(pos + tl.program_id(0) // H).to(tl.int32)
         total, acc = tl.zeros((1,), tl.float32), tl.zeros((1, D_PAD), tl.float32)
-        top = total - float("inf")
+        top = total - 3e38
         for split in range(tl.maximum(p - window + 1, 0) // SPLIT, p // SPLIT + 1):
             at = row + split * rows
             part = tl.load(parts + at[:, None] * D + d, mask=d < D, other=0)
@@ -484,20 +475,6 @@ def triton_kernels() -> SimpleNamespace:
         row = tl.load(x + at + j, mask=j < n, other=0).to(tl.float32)
         row = row / tl.sqrt(tl.sum(row * row, 0) / n + eps) * tl.load(weight + j, mask=j < n, other=0)
         tl.store(y + at + j, row.to(y.dtype.element_ty), mask=j < n)
-
-    @triton.jit(do_not_specialize=["x"])
-    def log_softmax(x, y, n, BLOCK: tl.constexpr):
-        at, j = tl.program_id(0).to(tl.int64) * n, tl.arange(0, BLOCK)
-        top, total = tl.full((BLOCK,), float("-inf"), tl.float32), tl.zeros((BLOCK,), tl.float32)
-        for i in range(0, n, BLOCK):
-            top = tl.maximum(top, tl.load(x + at + i + j, mask=i + j < n, other=float("-inf")).to(tl.float32))
-        highest = tl.max(top, 0)
-        for i in range(0, n, BLOCK):
-            total += tl.exp(tl.load(x + at + i + j, mask=i + j < n, other=float("-inf")).to(tl.float32) - highest)
-        log_sum = tl.log(tl.sum(total, 0))
-        for i in range(0, n, BLOCK):
-            row = tl.load(x + at + i + j, mask=i + j < n, other=0).to(tl.float32)
-            tl.store(y + at + i + j, row - highest - log_sum, mask=i + j < n)
 
     return SimpleNamespace(**locals())
 
@@ -518,18 +495,18 @@ class TritonPacked(Packed):
         self.nbytes += sum(t.nbytes for t in (scale, zero) if t is not None)
 
     def __call__(self, x):
-        kernels, N, K, x_MK = triton_kernels(), self.out_features, x.shape[-1], x.reshape(-1, x.shape[-1]).contiguous()
-        M, y = len(x_MK), x.new_empty(*x.shape[:-1], N)
-        parts = y if self.leaves == 1 else x.new_empty(self.leaves, M, N, dtype=torch.float32)
+        kernels, N, K, leaves = triton_kernels(), self.out_features, x.shape[-1], self.leaves
+        x_MK, y = x.reshape(-1, K).contiguous(), x.new_empty(*x.shape[:-1], N)
+        M, leaf, group = len(x_MK), K // leaves, K if self.scale is None else K // self.scale.shape[1]
+        # No block straddles a leaf or a group.
+        sizes = M, N, K, leaf, group, K // self.weight.shape[1], math.gcd(128 // x.itemsize, leaf, group)
         launch = next(launch for most, launch in self.LAUNCHES.items() if M <= most)
-        grid = -(-N // launch["BLOCK_N"]), -(-M // launch["BLOCK_M"]), self.leaves
-        leaf, group = K // self.leaves, K if self.scale is None else K // self.scale.shape[1]
-        block_k = math.gcd(128 // x.itemsize, leaf, group)  # no block straddles a leaf or a group
-        args = x_MK, self.weight, self.scale, self.zero, self.bias if self.leaves == 1 else None, parts
-        sizes = M, N, K, leaf, group, K // self.weight.shape[1], block_k
+        grid = -(-N // launch["BLOCK_N"]), -(-M // launch["BLOCK_M"]), leaves
+        parts, bias = (y, self.bias) if leaves == 1 else (x.new_empty(leaves, M, N, dtype=torch.float32), None)
+        args = x_MK, self.weight, self.scale, self.zero, bias, parts
         kernels.linear[grid](*args, *sizes, **launch, enable_fp_fusion=False)
-        if self.leaves > 1:
-            kernels.add_leaves[(-(-M * N // 256),)](parts, self.bias, y, M * N, N, self.leaves, 256)
+        if leaves > 1:
+            kernels.add_leaves[(-(-M * N // 256),)](parts, self.bias, y, M * N, N, leaves, 256)
         return y
 
 
@@ -548,15 +525,15 @@ def triton_attention(q, k, v, k_cache, v_cache, pos, window, scale):
     (B, T, H, D), (_, G, L, _), kernels = q.shape, k_cache.shape, triton_kernels()
     q, pos, y, splits, rows = q.contiguous(), pos.contiguous(), q.new_empty(B, T, H * D), -(-L // SPLIT), B * T * H
     # One program for each split where a program would be alone with them; its results are merged by `combine`.
-    alone, stats, parts = splits > 1 and T * H // G <= 64, None, None
+    alone, out, stats = splits > 1 and T * H // G <= 64, y, None
     if alone:
-        stats, parts = (q.new_empty(splits, rows, n, dtype=torch.float32) for n in (2, D))
-    sizes, pad = (D, SPLIT, max(16, 1 << (D - 1).bit_length())), {"enable_fp_fusion": False, "num_warps": 4}
-    grid, args = (-(-T * H // G // 64), B * G, splits if alone else 1), (q, k_cache, v_cache, pos, y, stats, parts)
-    stages = {"num_stages": 2 if q.itemsize == 2 else 1}
-    kernels.attention[grid](*args, T, L, window, scale * math.log2(math.e), G, H // G, *sizes, 64, 64, **pad, **stages)
+        out, stats = (q.new_empty(splits, rows, n, dtype=torch.float32) for n in (D, 2))
+    sizes, options = (D, SPLIT, max(16, 1 << (D - 1).bit_length())), {"enable_fp_fusion": False, "num_warps": 4}
+    grid, args = (-(-T * H // G // 64), B * G, splits if alone else 1), (q, k_cache, v_cache, pos, out, stats)
+    args += T, L, window, scale * math.log2(math.e), G, H // G, *sizes, 64
+    kernels.attention[grid](*args, **options, num_stages=2 if q.itemsize == 2 else 1)
     if alone:
-        kernels.combine[(rows,)](pos, y, stats, parts, rows, window, H, *sizes, **pad)
+        kernels.combine[(rows,)](pos, y, stats, out, rows, window, H, *sizes, **options)
     return y
 
 
@@ -569,9 +546,12 @@ def triton_rms_norm(x, weight, eps):
 
 @opaque("triton_log_softmax(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape, dtype=torch.float32))
 def triton_log_softmax(x):
-    x, y, n = x.contiguous(), x.new_empty(x.shape, dtype=torch.float32), x.shape[-1]
-    triton_kernels().log_softmax[(x.numel() // n,)](x, y, n, 4096)
-    return y
+    """Summed by halves, in additions of torch's without an order: once a token, it needs no kernel of its own."""
+    x = x.float() - x.amax(-1, keepdim=True)
+    total = F.pad(x.exp(), (0, (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]))
+    while total.shape[-1] > 1:
+        total = torch.add(*total.chunk(2, -1))
+    return x - total.log()
 
 
 BATCH_INVARIANT = Ops(
