@@ -1,9 +1,9 @@
 """The op tables. Every reduction of the model goes through one `Ops`, chosen once when the model is built: FAST is what
 PyTorch does best, BATCH_INVARIANT gives the logits of a token the same bits whatever else is computed beside it.
 
-A table is plain functions, so a fork that wants another one writes another `Ops(...)`. A mask_mod has FlexAttention's
-signature, (b, h, q_idx, kv_idx) -> bool tensor, over absolute positions. Shapes: B rows, T new tokens, H query heads,
-G KV heads, D head_dim, L cached positions, N x K a weight, M rows of its input."""
+A fork that wants a third table writes another `Ops(...)`. A mask_mod has FlexAttention's signature, (b, h, q_idx,
+kv_idx) -> bool tensor, over absolute positions. Shapes: B rows, T new tokens, H query heads, G KV heads, D head_dim,
+L cached positions, N x K a weight, M rows of its input."""
 
 import contextlib
 import functools
@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -131,28 +130,22 @@ def write_cache(k_BTGD: Tensor, v_BTGD: Tensor, k_cache: Tensor, v_cache: Tensor
 SPLIT = 512  # keys in one product with the values
 
 
-class Tiling(NamedTuple):
-    """How attention by batched products is cut. The bits depend on none of it where `tiling` has seen so."""
-
-    queries: int = 128  # tokens in a block, which skips the keys behind the last one that it may see
-    tokens: int = 1  # their number is padded to a multiple of this
-    keys: int = 64  # and that of the keys to this: oneDNN is faster with whole blocks
-
-
-def attend(q_BTHD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, bias: Tensor, limit_T: Tensor, scale: float, tile: Tiling):
-    """Attention by batched products, the query heads of one KV head folded into their rows: [B, T, H * D]."""
-    (B, T, H, D), (_, G, L, _) = q_BTHD.shape, k_BGLD.shape
-    if T == 1 == tile.tokens and L % tile.keys == 0:
+def attend(q_BTHD, k_BGLD, v_BGLD, bias: Tensor, limit_T: Tensor, scale: float, tile=(128, 1, 64)) -> Tensor:
+    """Attention by batched products, the query heads of one KV head folded into their rows: [B, T, H * D]. `tile`: how
+    many tokens of queries a block has, which skips the keys behind the last one that it may see; what the number of
+    tokens, and of keys, is padded to a multiple of. The bits depend on none of it where `tiling` has seen so."""
+    (B, T, H, D), (_, G, L, _), (queries, tokens, keys) = q_BTHD.shape, k_BGLD.shape, tile
+    if T == 1 == tokens and L % keys == 0:
         return _attend_block(q_BTHD.reshape(B * G, H // G, D), k_BGLD, v_BGLD, bias, scale).view(B, 1, H * D)
-    y_BTHD, T_more, L_more = q_BTHD.new_empty(B, T, H, D), -T % tile.tokens, -L % tile.keys
+    y_BTHD, T_more, L_more = q_BTHD.new_empty(B, T, H, D), -T % tokens, -L % keys
     if T_more or L_more:
         q_BTHD, limit_T = F.pad(q_BTHD, (0, 0, 0, 0, 0, T_more)), F.pad(limit_T, (0, T_more))
         k_BGLD, v_BGLD = F.pad(k_BGLD, (0, 0, 0, L_more)), F.pad(v_BGLD, (0, 0, 0, L_more))
         bias = F.pad(bias, (0, L_more, 0, 0, 0, T_more), value=float("-inf"))
     q_BGTHD = q_BTHD.unflatten(2, (G, -1)).transpose(1, 2)
-    for start in range(0, T, tile.queries):
-        now = slice(start, start + tile.queries)
-        span = -(-int(limit_T[now].max()) // tile.keys) * tile.keys
+    for start in range(0, T, queries):
+        now = slice(start, start + queries)
+        span = -(-int(limit_T[now].max()) // keys) * keys
         q, mask = q_BGTHD[:, :, now].flatten(2, 3).flatten(0, 1), bias[:, :, now, :, :span]
         y = _attend_block(q, k_BGLD[:, :, :span], v_BGLD[:, :, :span], mask, scale)
         y_BTHD[:, now] = y.view(B, G, -1, H // G, D).transpose(1, 2).flatten(2, 3)[:, : T - start]
@@ -185,7 +178,7 @@ def fast_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
     (B, T, H, D), G, bias, span = q.shape, k_cache.shape[1], mask[0], mask[0].shape[-1]
     k, v = k_cache.narrow(2, 0, span), v_cache.narrow(2, 0, span)
     if (B * T >= 16 or T > 32) and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return attend(q, k, v, *mask, scale, Tiling())
+        return attend(q, k, v, *mask, scale)
     if T == 1:
         return F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v, bias[:, :, 0], scale=scale).view(B, T, -1)
     q = q.unflatten(2, (G, H // G)).transpose(1, 2)
@@ -228,14 +221,11 @@ def add_leaves(parts_GMN: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Te
     return (total if bias is None else total + bias).to(dtype)
 
 
-@contextlib.contextmanager
-def one_thread():
-    threads = torch.get_num_threads()
+def one_thread() -> contextlib.ExitStack:
+    stack = contextlib.ExitStack()
+    stack.callback(torch.set_num_threads, torch.get_num_threads())
     torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return stack
 
 
 def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -327,18 +317,18 @@ def attend_safely(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale):
     tokens = -(-16 * k_BGLD.shape[1] // q_BTHD.shape[2])
     with one_thread():
         rows = zip(*(x.split(1) for x in (q_BTHD, k_BGLD, v_BGLD, bias)), strict=True)
-        return torch.cat([attend(*row, limit_T, scale, Tiling(tokens, tokens, SPLIT)) for row in rows])
+        return torch.cat([attend(*row, limit_T, scale, (tokens, tokens, SPLIT)) for row in rows])
 
 
 @functools.cache
-def tiling(B: int, G: int, head_dim: int, group: int, dtype: torch.dtype, threads: int) -> Tiling | None:
-    """A tiling with which a query's bits are seen to depend on no other query and not on the span; None if none is."""
+def tiling(B: int, G: int, head_dim: int, group: int, dtype: torch.dtype, threads: int) -> tuple | None:
+    """A tile with which a query's bits are seen to depend on no other query and not on the span; None if none is."""
     T, L, tokens = 80, SPLIT + 64, -(-16 // group)
     q, k = (4096 * z for z in cancelling((B, T, G * group), (B, G, L), head_dim, dtype))  # scaled up to matter
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     k[:, :, 1::2], v[:, :, 1::2] = k[:, :, ::2], -v[:, :, ::2]
 
-    def agrees(tile: Tiling, start: int) -> bool:
+    def agrees(tile: tuple, start: int) -> bool:
         bias, limit = dense_mask(causal, torch.arange(start, start + T).expand(B, -1), L, (G * group, G), dtype)
         want = attend_safely(q, k, v, bias, limit, 0.125)
         for count, end in itertools.product((1, 2, 3, 5, 6, 11, 16, 40, T), range(8, T + 1, 8)):
@@ -348,7 +338,7 @@ def tiling(B: int, G: int, head_dim: int, group: int, dtype: torch.dtype, thread
                 return False
         return True
 
-    tiles = (Tiling(), Tiling(128 // tokens * tokens, tokens, SPLIT))[head_dim < 64 :]  # short sums hide from the probe
+    tiles = ((128, 1, 64), (128 // tokens * tokens, tokens, SPLIT))[head_dim < 64 :]  # short sums hide from the probe
     return next((tile for tile in tiles if agrees(tile, 0) and agrees(tile, SPLIT - 40)), None)
 
 
