@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -24,15 +24,10 @@ from scripts import bench, download
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "SmolLM2-135M-Instruct"
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WORD = 0xFFFFFFFF
-REPORT = """{new_tokens} tokens: decode {decode_tokens_per_sec:.1f} tokens/s, prefill {prefill_tokens_per_sec:.0f} \
-tokens/s, first token after {time_to_first_token_s:.2f} s
-load {load_s:.1f} s, compile {compile_s:.1f} s, weights {model_gb:.2f} GB at {bandwidth_gb_s:.1f} GB/s, {share:.0%} of \
-the {limit:.0f} GB/s that this machine reads"""
 
 
 def mix(x):
-    """A 32-bit hash of an int, or of an int64 tensor, below 2^32: xor-shifts and multiplications, by constants from
-    Wellons' hash-prospector, both below 2^31 so that no product overflows."""
+    """A 32-bit hash of an int or int64 tensor (Wellons' hash-prospector); constants < 2^31, so no product overflows."""
     x = (x ^ (x >> 16)) * 0x21F0AAAD & WORD
     x = (x ^ (x >> 15)) * 0x735A2D97 & WORD
     return x ^ (x >> 15)
@@ -116,8 +111,7 @@ class Sampler:
 
 
 class Tokenizer:
-    """Text to ids and back, the end ids and the chat template of a checkpoint directory. With no directory, as for
-    random weights, there is no text: synthetic prompts only."""
+    """Text to ids and back, end ids and chat template of a checkpoint directory; of None (random weights), no text."""
 
     def __init__(self, directory: Path | None):
         if directory is None:
@@ -139,26 +133,21 @@ class Tokenizer:
                 hf = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
                 self.encode, decode = lambda text, bos=True: hf.encode(text, add_special_tokens=bos).ids, hf.decode
             else:
-                self.encode, decode = self._sentencepiece(str(directory / "tokenizer.model"))
+                from sentencepiece import SentencePieceProcessor
+
+                sp = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+                special = {t["content"]: int(i) for i, t in self.settings.get("added_tokens_decoder", {}).items()}
+                special |= {sp.id_to_piece(i): i for i in range(len(sp)) if sp.is_control(i)}
+                marks = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+                add_bos = self.settings.get("add_bos_token", True) and sp.bos_id() >= 0
+                ids_of = lambda part: [special[part]] if part in special else sp.encode(part)
+                chat = lambda text: [i for part in marks.split(text) for i in ids_of(part)]
+                # In a plain prompt, what looks like a special token is text.
+                self.encode = lambda text, bos=True: sp.encode(text, add_bos=add_bos) if bos else chat(text)
+                decode = lambda ids: sp.decode([i for i in ids if i < len(sp)])
             lead = self.encode("a", bos=False)  # decoders may drop the space before the first word: another goes first
             known = len(decode(lead))
         self.decode = lambda ids: decode(lead + ids)[known:]
-
-    def _sentencepiece(self, file: str) -> tuple[Callable, Callable]:
-        from sentencepiece import SentencePieceProcessor
-
-        sp = SentencePieceProcessor(model_file=file)
-        special = {t["content"]: int(i) for i, t in self.settings.get("added_tokens_decoder", {}).items()}
-        special |= {sp.id_to_piece(i): i for i in range(len(sp)) if sp.is_control(i)}
-        marks = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
-        add_bos = self.settings.get("add_bos_token", True) and sp.bos_id() >= 0
-
-        def encode(text: str, bos: bool = True) -> list[int]:
-            if bos:  # a plain prompt: what looks like a special token is text
-                return sp.encode(text, add_bos=add_bos)
-            return [i for part in marks.split(text) for i in ([special[part]] if part in special else sp.encode(part))]
-
-        return encode, lambda ids: sp.decode([i for i in ids if i < len(sp)])
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation, ready for the next answer, by the checkpoint's template: untrusted code, sandboxed."""
@@ -185,22 +174,21 @@ class Completion:
         """Add a drawn token; returns the text that became certain: no half characters, nothing of a stop string."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        stops = token in self.tokenizer.eos_ids and not self.request.ignore_eos
-        self.finish_reason = "stop" if stops else "length" if len(self.tokens) >= self.request.max_new_tokens else None
+        stop, full = self.request.stop, len(self.tokens) >= self.request.max_new_tokens
+        ended = token in self.tokenizer.eos_ids and not self.request.ignore_eos
+        self.finish_reason = "stop" if ended else "length" if full else None
         # A short window is enough: what a token adds depends on its neighbours only.
         before, now = (self.tokenizer.decode(self.tokens[self.base : end]) for end in (self.read, None))
         if self.finish_reason or not now.endswith("\ufffd"):
             self.text += now[len(before) :]
             self.base, self.read = self.read, len(self.tokens)
-        ends = [i for stop in self.request.stop if (i := self.text.find(stop, self.shown)) >= 0]
+        ends = [i for text in stop if (i := self.text.find(text, self.shown)) >= 0]
         if ends:
             self.text, self.finish_reason = self.text[: min(ends)], "stop"
         elif not self.finish_reason:  # what may become a stop string is held back
-            begun = lambda i: any(stop.startswith(self.text[i:]) for stop in self.request.stop)
-            ends = filter(begun, range(self.shown, len(self.text)))
-        certain = min(ends, default=len(self.text))
-        new, self.shown = self.text[self.shown : certain], certain
-        return new
+            ends = [i for i in range(self.shown, len(self.text)) if any(x.startswith(self.text[i:]) for x in stop)]
+        start, self.shown = self.shown, min(ends, default=len(self.text))
+        return self.text[start : self.shown]
 
     def json(self) -> str:
         r = self.request
@@ -220,9 +208,7 @@ class Engine:
 
     def _feed(self, tokens: list[list[int]], starts: list[int], slot: int | None = None, last=True) -> Tensor:
         """Feed every slot, or just one, its tokens from its start on; fp32 logits [B, T, V], T = 1 with `last`."""
-        T, cache = len(tokens[0]), self.cache
-        if slot is not None:  # views of one row
-            cache = [(k[slot : slot + 1], v[slot : slot + 1]) for k, v in cache]
+        T, cache = len(tokens[0]), self.cache if slot is None else [[x[slot, None] for x in kv] for kv in self.cache]
         tokens_BT = torch.tensor(tokens, device=self.model.device)
         pos_BT = torch.tensor([range(start, start + T) for start in starts], device=self.model.device)
         return self.model(tokens_BT, pos_BT, cache, max(starts) + T, last, decode=slot is None)
@@ -343,14 +329,11 @@ def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
         say(f"{directory} is missing, fetching it")
         with refusing("the default checkpoint cannot be had", ValueError, ImportError):
             download.fetch_default(directory)
-    config, device = ModelConfig.from_file(shape or directory / "config.json"), torch.device(args.device)
-    tokenizer = Tokenizer(None if shape else directory)
-    ops, show = BATCH_INVARIANT if args.deterministic else FAST, sys.stderr.isatty()
-    model = Transformer(config, ops, device, PRECISIONS[args.precision])
-    if shape:
-        randomize(model)
-    else:
-        load_checkpoint(model, directory, lambda i, n: show and say(f"\rloading {i}/{n}", end="\r" if i < n else "\n"))
+    config = ModelConfig.from_file(shape or directory / "config.json")
+    tokenizer, ops = Tokenizer(None if shape else directory), BATCH_INVARIANT if args.deterministic else FAST
+    model = Transformer(config, ops, torch.device(args.device), PRECISIONS[args.precision])
+    progress = lambda i, n: sys.stderr.isatty() and say(f"\rloading {i}/{n}", end="\r" if i < n else "\n")
+    randomize(model) if shape else load_checkpoint(model, directory, progress)
     return model, tokenizer
 
 
@@ -362,11 +345,11 @@ def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> N
         libc.mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD
     options = model.ops.compile_options | {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     kept = {"fullgraph": True, "isolate_recompiles": True}  # the model never changes; its graphs are no other model's
-    graphs = {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
-    if compile_decode:
-        model.decode_stack = torch.compile(model.stack, options=options | graphs, **kept)
     if compile_prefill:
         model.prefill_stack = torch.compile(model.stack, options=options, dynamic=True, **kept)
+    if compile_decode:
+        options = options | {"triton.cudagraphs": model.device.type == "cuda"}
+        model.decode_stack = torch.compile(model.stack, options=options, **kept)
 
 
 def warm_up(model: Transformer, batch_size: int, length: int) -> None:
@@ -379,9 +362,8 @@ def read_lines(flag: str, path: Path) -> list[tuple[str, str]]:
     """(its place, a line) for each line of a text that is not blank; -: standard input. Raises InputError."""
     with refusing(f"{flag} {path} cannot be read", OSError, ValueError):
         text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode()
-    lines = enumerate(text.split("\n"), start=1)
-    found = [(f"{flag} {path}, line {i} is refused", line) for i, line in lines if line.strip()]
-    return found or refuse(f"{flag} {path} is empty")
+    lines = [(f"{flag} {path}, line {i} is refused", line) for i, line in enumerate(text.split("\n"), start=1)]
+    return [(place, line) for place, line in lines if line.strip()] or refuse(f"{flag} {path} is empty")
 
 
 def read_prompts(args: argparse.Namespace) -> list[dict]:
@@ -403,25 +385,24 @@ def read_prompts(args: argparse.Namespace) -> list[dict]:
     return list(prompts.values())
 
 
-def encode_prompt(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a prompt: so many random ones for a typed number, else by template or the checkpoint's BOS rule."""
+def make_requests(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, entry: dict) -> list[Request]:
+    """The samples of a prompt: its `prompt_ids`, random ones for a typed number, else by template or BOS rule; checked,
+    and max_new_tokens cut to the context. Raises InputError."""
+    name, text, ids = entry["id"], entry["prompt"], entry.get("prompt_ids")
     text.encode()  # raises UnicodeError for half a character, which no tokenizer takes
-    if not args.prompts_file and text.isascii() and text.isdigit():
+    if ids is None and text.isascii() and text.isdigit() and not args.prompts_file:
         generator, size = torch.Generator().manual_seed(args.seed & WORD), min(int(text[:18]), config.context + 1)
-        return torch.randint(config.vocab_size, (size,), generator=generator).tolist()
-    chat = args.opening + [{"role": "user", "content": text}]
-    return tokenizer.encode_chat(chat) if args.chat else tokenizer.encode(text)
-
-
-def make_requests(args: argparse.Namespace, config: ModelConfig, entry: dict, ids: list[int]) -> list[Request]:
-    """The samples of a prompt, checked against the model, max_new_tokens cut to its context; raises InputError."""
+        ids = torch.randint(config.vocab_size, (size,), generator=generator).tolist()
+    elif ids is None:
+        chat = args.opening + [{"role": "user", "content": text}]
+        ids = tokenizer.encode_chat(chat) if args.chat else tokenizer.encode(text)
     room = config.context - len(ids)
     if not ids or room < 0 or max(ids) >= config.vocab_size:
         expected = f"1 to {config.context} tokens (the model's context) with ids below {config.vocab_size}"
-        refuse(f"prompt {entry['id']} has {len(ids)} tokens, expected {expected}")
+        refuse(f"prompt {name} has {len(ids)} tokens, expected {expected}")
     settings = {f.name: getattr(args, f.name) for f in fields(Request) if hasattr(args, f.name)} | entry
     if settings["max_new_tokens"] > room:
-        say(f"warning: prompt {entry['id']} meets the context of {config.context} after {room} new tokens")
+        say(f"warning: prompt {name} meets the context of {config.context} after {room} new tokens")
     settings |= {"prompt_ids": ids, "max_new_tokens": min(settings["max_new_tokens"], room)}
     return [Request(sample=i, **settings) for i in range(args.num_samples)]
 
@@ -441,17 +422,21 @@ def resume(path: Path) -> set[tuple]:
 
 def report(engine: Engine, load_s: float, compile_s: float, as_json: bool) -> None:
     """The stats line, and the same for a person."""
+    model, tokens, first = engine.model, engine.tokens, engine.first_token_s
     seconds = {phase: spent or 1 for phase, spent in engine.seconds.items()}  # the speed of nothing is 0
-    stats = {f"{phase}_tokens_per_sec": engine.tokens[phase] / seconds[phase] for phase in ("decode", "prefill")}
-    stats |= {"time_to_first_token_s": engine.first_token_s, "load_s": load_s, "compile_s": compile_s}
-    stats |= {"new_tokens": engine.tokens["new"], "model_bytes": engine.model.nbytes}
-    stats |= {"bandwidth_gb_s": engine.model.nbytes * engine.steps / seconds["decode"] / 1e9, "accept_counts": []}
-    stats |= {"peak_memory_gb": bench.peak_memory(engine.model.device) / 1e9}
-    stats |= {"deterministic": engine.model.ops is BATCH_INVARIANT}
+    decode, prefill = (tokens[phase] / seconds[phase] for phase in ("decode", "prefill"))
+    rate, peak = model.nbytes * engine.steps / seconds["decode"] / 1e9, bench.peak_memory(model.device) / 1e9
+    stats = {"decode_tokens_per_sec": decode, "prefill_tokens_per_sec": prefill, "time_to_first_token_s": first}
+    stats |= {"load_s": load_s, "compile_s": compile_s, "new_tokens": tokens["new"], "model_bytes": model.nbytes}
+    stats |= {"bandwidth_gb_s": rate, "accept_counts": [], "peak_memory_gb": peak}
+    stats |= {"deterministic": model.ops is BATCH_INVARIANT}
     if as_json:
         print(json.dumps({"stats": stats}), flush=True)
-    limit = bench.read_bandwidth(engine.model.device) / 1e9  # only now: it takes memory
-    say(REPORT.format(**stats, model_gb=engine.model.nbytes / 1e9, limit=limit, share=stats["bandwidth_gb_s"] / limit))
+    limit = bench.read_bandwidth(model.device) / 1e9  # only now: it takes memory
+    speeds = f"decode {decode:.1f} tokens/s, prefill {prefill:.0f} tokens/s, first token after {first:.2f} s"
+    say(f"{tokens['new']} tokens: {speeds}")
+    share = f"{rate:.1f} GB/s, {rate / limit:.0%} of the {limit:.0f} GB/s that this machine reads"
+    say(f"load {load_s:.1f} s, compile {compile_s:.1f} s, weights {model.nbytes / 1e9:.2f} GB at {share}")
 
 
 def read_completions(path: Path, config: ModelConfig) -> list[dict]:
@@ -459,19 +444,17 @@ def read_completions(path: Path, config: ModelConfig) -> list[dict]:
     entries = []
     for place, line in read_lines("--score", path):
         with refusing(place, ValueError, TypeError, KeyError):
-            entry = json.loads(line)
-            if "stats" not in entry:
+            if "stats" not in (entry := json.loads(line)):
                 ids, most = entry["prompt_ids"] + entry["tokens"], config.context
-                fits = entry["prompt_ids"] and len(ids) <= most
-                if not fits or any(type(x) is not int or not 0 <= x < config.vocab_size for x in ids):
+                known = all(type(x) is int and 0 <= x < config.vocab_size for x in ids)
+                if not (known and entry["prompt_ids"] and len(ids) <= most):
                     refuse(f"expected 1 to {most} ids from 0 to {config.vocab_size - 1}, the first of them prompt_ids")
                 entries.append(entry)
     return entries or refuse(f"--score {path} has no completion")
 
 
 def run(engine: Engine, requests: list[Request], scored: list[dict], args: argparse.Namespace) -> None:
-    """Generate and print as it comes, or print completions as they were read, with logprobs recomputed by prefill; each
-    is appended to --output as it ends."""
+    """Print completions as they come, or those read, with logprobs by prefill; each is appended to --output."""
     streaming, end = engine.batch_size == 1 and not args.json, "\n\n"[: len(requests)]
     with open(args.output or os.devnull, "a", encoding="utf-8") as file:
         for entry in scored:
@@ -490,7 +473,7 @@ def run(engine: Engine, requests: list[Request], scored: list[dict], args: argpa
 
 def converse(engine: Engine, args: argparse.Namespace) -> None:
     """A conversation in the terminal; Ctrl-C stops an answer, /clear forgets, /exit or the end of input leaves."""
-    history, config = args.opening, engine.model.config
+    history, config, tokenizer = args.opening, engine.model.config, engine.tokenizer
     with contextlib.suppress(EOFError):
         while (line := input("> " if sys.stdin.isatty() else "").strip()) != "/exit":
             history = args.opening if line == "/clear" else history
@@ -498,12 +481,11 @@ def converse(engine: Engine, args: argparse.Namespace) -> None:
                 continue
             turns, answer = history + [{"role": "user", "content": line}], ""
             with contextlib.suppress(KeyboardInterrupt):
-                ids = engine.tokenizer.encode_chat(turns)
-                if len(ids) > config.context:  # no reason to lose the conversation
-                    say(f"{len(ids)} tokens are more than the context of {config.context}: /clear starts over")
+                entry = {"id": "conversation", "prompt": line, "prompt_ids": tokenizer.encode_chat(turns)}
+                if (n := len(entry["prompt_ids"])) > config.context:  # no reason to lose the conversation
+                    say(f"{n} tokens are more than the context of {config.context}: /clear starts over")
                     continue
-                entry = {"id": "conversation", "prompt": line}
-                for _, text in engine.generate(make_requests(args, config, entry, ids)[:1]):
+                for _, text in engine.generate(make_requests(args, config, tokenizer, entry)[:1]):
                     answer += text
                     print(text, end="", flush=True)
             print(flush=True)
@@ -516,13 +498,13 @@ def main(argv: list[str] | None = None) -> None:
     load_s = time.perf_counter() - start
     requests, scored = [], read_completions(args.score, model.config) if args.score else []
     for entry in [] if args.interactive or args.score else read_prompts(args):
-        ids = encode_prompt(args, model.config, tokenizer, entry["prompt"])
-        requests += make_requests(args, model.config, entry, ids)
+        requests += make_requests(args, model.config, tokenizer, entry)
     done = resume(args.output) if args.output else set()
     requests = [r for r in requests if (r.id, r.sample) not in done]
     scored = [entry for entry in scored if (entry.get("id"), entry.get("sample")) not in done]
-    texts = [(r.prompt_ids, r.max_new_tokens) for r in requests] + [(e["prompt_ids"], len(e["tokens"])) for e in scored]
-    length = model.config.context if args.interactive else max((len(ids) + n for ids, n in texts), default=1)
+    sizes = [len(entry["prompt_ids"] + entry["tokens"]) for entry in scored]
+    sizes += [model.config.context] if args.interactive else [len(r.prompt_ids) + r.max_new_tokens for r in requests]
+    length = max(sizes, default=1)
     set_up(model, args.compile, args.compile_prefill)
     start = time.perf_counter()
     if args.compile or args.compile_prefill or args.deterministic:

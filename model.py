@@ -20,6 +20,7 @@ ROPE_TYPES = {"default": (), "linear": ("factor",)}
 ROPE_TYPES["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 SUPPORTED = {"architectures": FAMILIES, "hidden_act": ["silu"], "rope_type": ROPE_TYPES, "partial_rotary_factor": [1]}
 KVCache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, n_kv_heads, length, head_dim]
+called = lambda name: field(metadata={"name": name})  # by config.json, or by a family
 whole_blocks = lambda length: -(-length // 64) * 64  # keys, whose products oneDNN computes faster in whole blocks
 
 
@@ -48,9 +49,6 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     return raw if isinstance(raw, dict) else refuse(f"{path}: expected a JSON object")
 
 
-called = lambda name: field(metadata={"name": name})  # by config.json, or by a family above
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     vocab_size: int = called("vocab_size")
@@ -73,14 +71,12 @@ class ModelConfig:
     @classmethod
     def from_file(cls, path: Path) -> "ModelConfig":
         """Read a Hugging Face config.json; raises InputError naming what is missing, wrong or not supported."""
-        raw = {"hidden_act": "silu", "partial_rotary_factor": 1, "rms_norm_eps": 1e-6} | read_json(path)
-
-        def size(name: str) -> int:
-            value = raw[name]
-            return value if type(value) is int and value > 0 else refuse(f"{name} is {value}, expected an integer > 0")
-
+        given = {name: value for name, value in read_json(path).items() if value is not None}
+        raw = {"hidden_act": "silu", "partial_rotary_factor": 1, "rms_norm_eps": 1e-6} | given
+        fits = lambda value: type(value) is int and value > 0
+        size = lambda name: raw[name] if fits(raw[name]) else refuse(f"{name} is {raw[name]}, expected an integer > 0")
         with refusing(str(path), LookupError, TypeError, AttributeError, ArithmeticError, ValueError):
-            rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta")} | (raw.get("rope_scaling") or {})
+            rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta")} | raw.get("rope_scaling", {})
             rope = {"rope_type": rope.get("type", "default")} | rope
             raw |= rope | {"architectures": (raw["architectures"] or [None])[0]}
             for name, choices in SUPPORTED.items():
@@ -88,12 +84,11 @@ class ModelConfig:
                     refuse(f"{name} {raw[name]} is not supported, choose from {', '.join(map(str, choices))}")
             raw |= {"qkv_bias": raw.get("attention_bias")} | FAMILIES[raw["architectures"]]
             n_heads, n_layers = size("num_attention_heads"), size("num_hidden_layers")
-            defaults = {"num_key_value_heads": n_heads, "head_dim": size("hidden_size") // n_heads}
-            raw |= {name: default for name, default in defaults.items() if raw.get(name) is None}
+            raw = {"num_key_value_heads": n_heads, "head_dim": size("hidden_size") // n_heads} | raw
             # Without layer_types, a Qwen config names the first layer that slides; in a Mistral every layer does.
-            slides = [kind == "sliding_attention" for kind in raw.get("layer_types") or ()]
+            slides = [kind == "sliding_attention" for kind in raw.get("layer_types", ())]
             slides = slides or [i >= raw.get("max_window_layers", 0) for i in range(n_layers)]
-            windowed = raw.get("use_sliding_window") and raw.get("sliding_window") is not None
+            windowed = raw.get("use_sliding_window") and "sliding_window" in raw
             windows = tuple(size("sliding_window") if windowed and slide else None for slide in slides)
             read = {int: size, bool: lambda name: bool(raw.get(name))}
             values = {f.name: read[f.type](f.metadata["name"]) for f in fields(cls) if f.metadata}
@@ -117,13 +112,6 @@ def rope_table(config: ModelConfig, length: int) -> Tensor:
     return torch.stack((angle.cos(), angle.sin()), dim=1)
 
 
-def rotate(x_BTHD: Tensor, rope_BT: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim / 2) by their angles; in fp32, rounded once."""
-    cos, sin = rope_BT.unsqueeze(2).unbind(3)
-    a, b = x_BTHD.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BTHD.dtype)
-
-
 class Layer(nn.Module):
     """A part of a model. Where `shapes` names checkpoint tensors, its `load` is given them all, in that order, and
     whether they lie in a `mapped` file; it returns the bytes that it then holds in memory."""
@@ -132,6 +120,7 @@ class Layer(nn.Module):
         super().__init__()
         self.ops, self.config, self.device, self.dtype = model.ops, model.config, model.device, model.dtype
         self.shapes = shapes or {}
+        model.takers += [self] if shapes else []
 
 
 class Linear(Layer):
@@ -182,51 +171,42 @@ class Embedding(Layer):
 
 
 class Attention(Layer):
-    """Grouped-query attention with rotary positions, over a KV cache."""
+    """Grouped-query attention with rotary positions, over a KV cache; like FeedForward, of norm(x), and added to x."""
 
     def __init__(self, model: "Transformer", prefix: str):
         super().__init__(model)
         config, D = model.config, model.config.head_dim
-        self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)  # q, k, v
-        parts = {f"{prefix}.{x}_proj": heads * D for x, heads in zip("qkv", self.heads, strict=True)}
+        self.norm = RMSNorm(model, {f"{prefix}.input_layernorm.weight": (config.dim,)})
+        heads = {"q": config.n_heads, "k": config.n_kv_heads, "v": config.n_kv_heads}
+        parts = {f"{prefix}.self_attn.{x}_proj": n * D for x, n in heads.items()}
         self.qkv = Linear(model, parts, config.dim, config.qkv_bias)
-        self.o = Linear(model, {f"{prefix}.o_proj": config.dim}, config.n_heads * D, config.o_bias, cut=True)
-        norm = RMSNorm if config.qk_norm else nn.Identity  # which takes any arguments
-        self.q_norm, self.k_norm = (norm(model, {f"{prefix}.{x}_norm.weight": (D,)}) for x in "qk")
+        self.o = Linear(model, {f"{prefix}.self_attn.o_proj": config.dim}, config.n_heads * D, config.o_bias, cut=True)
+        norms = [f"{prefix}.self_attn.{x}_norm.weight" for x in "qk"] if config.qk_norm else []
+        self.qk_norms = nn.ModuleList(RMSNorm(model, {name: (D,)}) for name in norms)
 
-    def forward(self, x_BTD: Tensor, rope_BT: Tensor, pos_BT: Tensor, mask, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        D = self.config.head_dim
-        q, k, v = self.qkv(x_BTD).unflatten(-1, (-1, D)).split(self.heads, dim=2)
-        q, k = rotate(self.q_norm(q), rope_BT), rotate(self.k_norm(k), rope_BT)
-        return self.o(self.ops.attention(q, k, v, k_cache, v_cache, pos_BT, mask, D**-0.5))
+    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, pos_BT: Tensor, mask, *kv_cache: Tensor) -> Tensor:
+        D, H, G = self.config.head_dim, self.config.n_heads, self.config.n_kv_heads
+        qk, v = self.qkv(self.norm(x_BTD)).unflatten(-1, (-1, D)).split((H + G, G), dim=2)
+        if self.qk_norms:
+            qk = torch.cat([norm(x) for norm, x in zip(self.qk_norms, qk.split((H, G), dim=2), strict=True)], dim=2)
+        # Rotary positions: each pair (i, i + D / 2) of q and k is rotated by its angle, in fp32, rounded once.
+        a, b = qk.float().chunk(2, dim=-1)
+        q, k = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(qk.dtype).split((H, G), dim=2)
+        return x_BTD + self.o(self.ops.attention(q, k, v, *kv_cache, pos_BT, mask, D**-0.5))
 
 
 class FeedForward(Layer):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+    """x + SwiGLU(norm(x)), where SwiGLU is down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
     def __init__(self, model: "Transformer", prefix: str):
         super().__init__(model)
         dim, ffn_dim, bias = model.config.dim, model.config.ffn_dim, model.config.ffn_bias
-        self.gate_up = Linear(model, {f"{prefix}.{x}_proj": ffn_dim for x in ("gate", "up")}, dim, bias)
-        self.down = Linear(model, {f"{prefix}.down_proj": dim}, ffn_dim, bias, cut=True)
+        self.norm = RMSNorm(model, {f"{prefix}.post_attention_layernorm.weight": (dim,)})
+        self.gate_up = Linear(model, {f"{prefix}.mlp.{x}_proj": ffn_dim for x in ("gate", "up")}, dim, bias)
+        self.down = Linear(model, {f"{prefix}.mlp.down_proj": dim}, ffn_dim, bias, cut=True)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down(self.ops.silu_mul(self.gate_up(x_BTD)))
-
-
-class Block(Layer):
-    """One pre-norm layer."""
-
-    def __init__(self, model: "Transformer", prefix: str):
-        super().__init__(model)
-        self.attention_norm = RMSNorm(model, {f"{prefix}.input_layernorm.weight": (model.config.dim,)})
-        self.attention = Attention(model, f"{prefix}.self_attn")
-        self.ffn_norm = RMSNorm(model, {f"{prefix}.post_attention_layernorm.weight": (model.config.dim,)})
-        self.ffn = FeedForward(model, f"{prefix}.mlp")
-
-    def forward(self, x_BTD: Tensor, *attention_args) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), *attention_args)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        return x_BTD + self.down(self.ops.silu_mul(self.gate_up(self.norm(x_BTD))))
 
 
 class Transformer(nn.Module):
@@ -235,10 +215,11 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype):
         super().__init__()
         self.config, self.ops, self.device, self.dtype = config, ops, device, dtype
-        self.nbytes = 0  # of all weights in memory, every packed copy counted
+        self.nbytes, self.takers = 0, []  # of all weights in memory; the layers that take checkpoint tensors
         self.embed = Embedding(self, {"model.embed_tokens.weight": (config.vocab_size, config.dim)})
         self.head = None if config.tied else Linear(self, {"lm_head": config.vocab_size}, config.dim, bias=False)
-        self.blocks = nn.ModuleList(Block(self, f"model.layers.{i}") for i in range(config.n_layers))
+        prefixes = [f"model.layers.{i}" for i in range(config.n_layers)]
+        self.layers = nn.ModuleList(nn.ModuleList((Attention(self, p), FeedForward(self, p))) for p in prefixes)
         self.norm = RMSNorm(self, {"model.norm.weight": (config.dim,)})
         self.rope = rope_table(config, config.context).to(device)
         self.mask_mods = {w: causal if w is None else sliding_window(w) for w in set(config.windows)}
@@ -247,7 +228,7 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         """A cache of at least `length` positions, a whole number of key blocks, zeroed: 0 x NaN would poison a row."""
         shape = (batch_size, self.config.n_kv_heads, whole_blocks(length), self.config.head_dim)
-        return [tuple(torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in "kv") for _ in self.blocks]
+        return [tuple(torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in "kv") for _ in self.layers]
 
     def forward(self, tokens_BT: Tensor, pos_BT: Tensor, cache: KVCache, end: int, last=False, decode=False) -> Tensor:
         """fp32 logits [B, T, V] (T = 1 with `last`) of tokens at absolute positions `pos_BT`; `end` is one past the
@@ -262,21 +243,17 @@ class Transformer(nn.Module):
     def stack(self, tokens_BT: Tensor, pos_BT: Tensor, masks: dict, cache: KVCache, last: bool) -> Tensor:
         """Every layer and the head: all that torch.compile gets to see."""
         # Sums over layers stay in fp32: cheap, and it takes away much of what rounding to half precision costs.
-        x_BTD, rope_BT = self.embed(tokens_BT).float(), self.rope[pos_BT]
-        for block, window, kv in zip(self.blocks, self.config.windows, cache, strict=True):
-            x_BTD = block(x_BTD, rope_BT, pos_BT, masks[window], *kv)
+        x_BTD, (cos, sin) = self.embed(tokens_BT).float(), self.rope[pos_BT].unsqueeze(2).unbind(3)
+        for (attention, ffn), window, kv in zip(self.layers, self.config.windows, cache, strict=True):
+            x_BTD = ffn(attention(x_BTD, cos, sin, pos_BT, masks[window], *kv))
         x_BTD = self.norm(x_BTD[:, -1:] if last else x_BTD)
         return (self.head or self.embed.as_head)(x_BTD).float()
-
-    def takers(self) -> list[Layer]:
-        """The layers that take checkpoint tensors."""
-        return [layer for layer in self.modules() if getattr(layer, "shapes", None)]
 
 
 def load_checkpoint(model: Transformer, directory: Path, progress=lambda done, total: None) -> None:
     """Stream every tensor of a Hugging Face directory into place. All names and shapes are checked before the first
     weight is read; raises InputError that names the tensor or file."""
-    index, slices, layers = directory / "model.safetensors.index.json", {}, model.takers()
+    index, slices, layers = directory / "model.safetensors.index.json", {}, model.takers
     with refusing(f"{index}: expected a weight_map of tensor names to files", AttributeError):
         shards = {directory / str(name) for name in read_json(index, {}).get("weight_map", {}).values()}
     paths = sorted(shards or directory.glob("model*.safetensors"))
@@ -302,7 +279,7 @@ def load_checkpoint(model: Transformer, directory: Path, progress=lambda done, t
 def randomize(model: Transformer, seed: int = 0) -> None:
     """Fill a model with random weights (normal, 0.02; vectors one), for benchmarks without a checkpoint."""
     generator = torch.Generator().manual_seed(seed)
-    for layer in model.takers():
+    for layer in model.takers:
         tensors = [torch.randn(shape, generator=generator, dtype=model.dtype) for shape in layer.shapes.values()]
         tensors = [t.mul_(0.02) if t.dim() > 1 else torch.ones_like(t) for t in tensors]
         model.nbytes += layer.load(tensors, mapped=False)

@@ -550,7 +550,7 @@ def build(folder, ops, dtype, name="2 KV heads"):
     config |= {"max_position_embeddings": 256} | MODELS[name]
     (folder / "config.json").write_text(json.dumps(config))
     model = Transformer(ModelConfig.from_file(folder / "config.json"), ops, CPU, dtype)
-    for i, taker in enumerate(model.takers()):
+    for i, taker in enumerate(model.takers):
         tensors = [randn(*shape, seed=i) * 0.3 for shape in taker.shapes.values()]
         is_norm = len(taker.shapes) == 1 and tensors[0].dim() == 1
         taker.load([(t + is_norm).to(dtype) for t in tensors], mapped=False)
