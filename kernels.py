@@ -18,9 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def causal(b, h, q_idx, kv_idx):
-    return q_idx >= kv_idx
+causal = lambda b, h, q_idx, kv_idx: q_idx >= kv_idx
 
 
 def sliding_window(window: int) -> Callable:
@@ -69,11 +67,9 @@ def blocked(weight_NK: Tensor) -> Tensor:
     return weight_NK.contiguous()
 
 
-_onednn_linear = torch.ops.mkldnn._linear_pointwise.default  # resolved once: called 121 times a token
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _onednn_linear(x, weight, bias, "none", [], "") if weight.is_mkldnn else F.linear(x, weight, bias)
+# The op is resolved once: it is called 121 times a token.
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, op=torch.ops.mkldnn._linear_pointwise.default):
+    return op(x, weight, bias, "none", [], "") if weight.is_mkldnn else F.linear(x, weight, bias)
 
 
 class Packed:
@@ -292,19 +288,13 @@ class LeafPacked(Packed):
         return y.view(*x.shape[:-1], N)
 
 
+# Opaque is what a compiler reorders or rounds in its own way: sums, roots, divisions by a constant, exp.
 @opaque("root_mean_square(Tensor x, float eps) -> Tensor", lambda x, eps: x.new_empty(*x.shape[:-1], 1))
 def root_mean_square(x, eps):
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).sqrt_()
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Opaque is what a compiler reorders or rounds in its own way: sums, roots, divisions by a constant, exp."""
-    return x / root_mean_square(x, eps) * weight
-
-
-@opaque("exp(Tensor x) -> Tensor", lambda x: torch.empty_like(x))
-def exp(x):
-    return torch.exp(x)
+exp = opaque("exp(Tensor x) -> Tensor", torch.empty_like)(torch.exp)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -358,7 +348,7 @@ def invariant_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
 def triton_kernels() -> SimpleNamespace:
     """Triton, imported when a GPU asks. What a kernel calls is global, where the interpreter finds it. What varies from
     call to call is not specialized: another kernel may have another layout, in which sums have another order."""
-    global tl, merge, tree
+    global tl, merge
     import triton
     import triton.language as tl
 
@@ -382,23 +372,6 @@ def triton_kernels() -> SimpleNamespace:
         acc += 0 if bias is None else tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
         y += tl.program_id(2).to(tl.int64) * M * N
         tl.store(y + m * N + n, acc.to(y.dtype.element_ty), mask=(m < M) & (n < N))
-
-    @triton.jit
-    def tree(parts, size, mask, POWER: tl.constexpr, LEAVES: tl.constexpr):
-        """A power of two of leaves is added by halves, others from left to right."""
-        if LEAVES == 1:
-            return tl.load(parts, mask=mask, other=0)
-        else:
-            left: tl.constexpr = LEAVES // 2 if POWER else LEAVES - 1
-            right = tree(parts + left * size, size, mask, POWER, LEAVES - left)
-            return tree(parts, size, mask, POWER, left) + right
-
-    @triton.jit(do_not_specialize=["size"])
-    def add_leaves(parts, bias, y, size, N, LEAVES: tl.constexpr, BLOCK: tl.constexpr):
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        total = tree(parts + i, size, i < size, LEAVES % 2 == 0, LEAVES)
-        total += 0 if bias is None else tl.load(bias + i % N, mask=i < size, other=0).to(tl.float32)
-        tl.store(y + i, total.to(y.dtype.element_ty), mask=i < size)
 
     @triton.jit
     def merge(top, total, acc, top_2, total_2, acc_2):
@@ -486,18 +459,16 @@ class TritonPacked(Packed):
 
     def __call__(self, x):
         kernels, N, K, leaves = triton_kernels(), self.out_features, x.shape[-1], self.leaves
-        x_MK, y = x.reshape(-1, K).contiguous(), x.new_empty(*x.shape[:-1], N)
-        M, leaf, group = len(x_MK), K // leaves, K if self.scale is None else K // self.scale.shape[1]
+        x_MK, group = x.reshape(-1, K).contiguous(), K if self.scale is None else K // self.scale.shape[1]
+        M, leaf = len(x_MK), K // leaves
         # No block straddles a leaf or a group.
         sizes = M, N, K, leaf, group, K // self.weight.shape[1], math.gcd(128 // x.itemsize, leaf, group)
         launch = next(launch for most, launch in self.LAUNCHES.items() if M <= most)
         grid = -(-N // launch["BLOCK_N"]), -(-M // launch["BLOCK_M"]), leaves
-        parts, bias = (y, self.bias) if leaves == 1 else (x.new_empty(leaves, M, N, dtype=torch.float32), None)
-        args = x_MK, self.weight, self.scale, self.zero, bias, parts
+        parts = x.new_empty(leaves, M, N, dtype=x.dtype if leaves == 1 else torch.float32)
+        args = x_MK, self.weight, self.scale, self.zero, self.bias if leaves == 1 else None, parts
         kernels.linear[grid](*args, *sizes, **launch, enable_fp_fusion=False)
-        if leaves > 1:
-            kernels.add_leaves[(-(-M * N // 256),)](parts, self.bias, y, M * N, N, leaves, 256)
-        return y
+        return (parts if leaves == 1 else add_leaves(parts, self.bias, x.dtype)).view(*x.shape[:-1], N)
 
 
 def window_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads: tuple[int, int], dtype: torch.dtype):
@@ -547,7 +518,7 @@ def triton_log_softmax(x):
 BATCH_INVARIANT = Ops(
     pack=lambda weight, *args: (TritonPacked if weight.is_cuda else LeafPacked)(weight, *args),
     linear=linear,
-    rms_norm=lambda x, weight, eps: (triton_rms_norm if x.is_cuda else rms_norm)(x, weight, eps),
+    rms_norm=lambda x, w, eps: triton_rms_norm(x, w, eps) if x.is_cuda else x / root_mean_square(x, eps) * w,
     silu_mul=silu_mul,
     mask=window_mask,
     attention=lambda q, *args: (triton_attention if q.is_cuda else invariant_attention)(q, *args),
