@@ -4,6 +4,7 @@ python scripts/bench.py --compile                                    the default
 python scripts/bench.py --random_weights scripts/configs/Llama-3.1-8B.json --batches 1
 All flags of generate.py that choose a model or a way to run it apply."""
 
+import argparse
 import statistics
 import sys
 import time
@@ -43,17 +44,23 @@ def measure(generate, model, batch_size, prompt, new):
     return tokens["prefill"] / seconds["prefill"], decode, steps, engine.first_token_s
 
 
-def main(argv):
+def command(main, **own):
+    """Run main(its `own` flags, those of generate.py), exit with its status; an error is one line and status 2."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}\n")
+    for name, default in own.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    try:
+        sys.exit(main(*parser.parse_known_args()))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def main(own, argv):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import generate
 
-    options = {"--batches": "1,4,16", "--runs": "5"}
-    for flag in options:
-        if flag in argv:
-            i = argv.index(flag)
-            options[flag] = argv[i + 1]
-            argv = argv[:i] + argv[i + 2 :]
-    args = generate.parse_args(argv)
+    args, batches = generate.parse_args(argv), [int(n) for n in own.batches.split(",")]
     model, _ = generate.load(args)
     generate.set_up(model, args.compile, args.compile_prefill)
     limit = read_bandwidth(model.device)
@@ -61,10 +68,10 @@ def main(argv):
     print(f"{model.nbytes / 1e9:.2f} GB of weights, {how}; this machine reads {limit / 1e9:.1f} GB/s; medians\n")
     print(f"| batch | prefill of {PROMPT}, tokens/s | first token, s | decode, tokens/s | GB/s | of the limit |")
     print("|---|---|---|---|---|---|")
-    for batch_size in map(int, options["--batches"].split(",")):
+    for batch_size in batches:
         if args.compile or args.compile_prefill:
             generate.warm_up(model, batch_size, CONTEXT + NEW)
-        runs = range(int(options["--runs"]) + 1)  # the first only warms up
+        runs = range(own.runs + 1)  # the first only warms up
         prefill = [measure(generate, model, batch_size, PROMPT, 1) for _ in runs][1:]
         decode = [measure(generate, model, batch_size, CONTEXT, NEW) for _ in runs][1:]
         prefill, _, _, first = map(statistics.median, zip(*prefill, strict=True))
@@ -74,4 +81,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command(main, batches="1,4,16", runs=5)

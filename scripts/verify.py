@@ -5,130 +5,91 @@ python scripts/verify.py --precision fp32 --size 4    four times the requests, e
 All flags of generate.py that choose a model or a device apply. A comparison is one completion, its tokens and the exact
 bits of its logprobs, against the same request alone with nothing varied. Exit status 1 where the flag does not hold."""
 
-import json
-import subprocess
+import argparse
+import multiprocessing
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate  # noqa: E402
+from generate import Engine, Request, Tokenizer, gumbel  # noqa: E402
 from kernels import invariant_attention  # noqa: E402
+from scripts import bench  # noqa: E402
 
-LENGTHS, NEW = (1, 9, 10, 64, 65, 256, 511), 16  # tokens of the prompts, and generated
-
-
-class Subject:
-    """A model, and what it answers when each request is alone."""
-
-    def __init__(self, argv: list[str], size: int, **broken):
-        self.argv, self.size = argv, size
-        self.model, _ = generate.load(generate.parse_args(argv))
-        for module in self.model.modules() if broken else ():
-            module.ops = replace(self.model.ops, **broken)
-        vocab, draw = self.model.config.vocab_size, torch.Generator().manual_seed(0)
-        ids = [torch.randint(vocab, (n,), generator=draw).tolist() for n in LENGTHS * size]
-        options = [{"temperature": 0.0}, {"seed": 7}, {"top_k": 50, "top_p": 0.9}]
-        self.requests = [
-            generate.Request(i, "", row, max_new_tokens=NEW, **options[i % 3]) for i, row in enumerate(ids)
-        ]
-        self.alone = dict(self.complete(self.requests, 1))
-
-    def complete(self, requests: list, capacity: int, chunk: int = 0, room: int = 0) -> list[tuple]:
-        """(id, (tokens, logprobs)) of requests that stream through `capacity` slots."""
-        engine = generate.Engine(self.model, generate.Tokenizer(None), capacity, room or max(LENGTHS) + NEW, chunk)
-        return [(c.request.id, (c.tokens, c.logprobs)) for c, _ in engine.generate(requests) if c.finish_reason]
-
-    def compare(self, *args, **options) -> list[tuple]:
-        return [(self.alone[name], answer) for name, answer in self.complete(*args, **options)]
-
-    def batches(self):
-        for capacity in (2, 5, 17, 33) if self.size == 1 else range(1, 51):
-            yield from self.compare(self.requests * (1 + capacity // len(self.requests)), capacity)
-
-    def chunks(self):
-        for chunk in (1, 3, 7, 64, 200):
-            yield from self.compare(self.requests[: 6 if chunk < 7 else None], 1, chunk)
-
-    def rescored(self):
-        engine = generate.Engine(self.model, generate.Tokenizer(None), 1, max(LENGTHS) + NEW)
-        for r in self.requests:
-            tokens, logprobs = self.alone[r.id]
-            yield (tokens, logprobs), (tokens, engine.score(r.prompt_ids, tokens))
-
-    def compiled(self):
-        generate.set_up(self.model, True, True)
-        for capacity in (1, 4):
-            yield from self.compare(self.requests, capacity)
-        self.model.decode_stack = self.model.prefill_stack = self.model.stack
-
-    def rooms(self):
-        for room in (1024, 2500):
-            yield from self.compare(self.requests[3:], 2, room=room)
-
-    def threads(self):
-        before, short = torch.get_num_threads(), [replace(r, max_new_tokens=2) for r in self.requests[1:6:2]]
-        for threads in (1, 2, 4, 8, 16, 32):
-            torch.set_num_threads(threads)
-            for name, answer in self.complete(short, 2):
-                yield tuple(x[:2] for x in self.alone[name]), answer
-        torch.set_num_threads(before)
-
-    def process(self):
-        """Another process scores what this one generated."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "completions.jsonl")
-            lines = [{"id": r.id, "prompt_ids": r.prompt_ids, "tokens": self.alone[r.id][0]} for r in self.requests]
-            path.write_text("\n".join(map(json.dumps, lines)))
-            command = [sys.executable, ROOT / "generate.py", *self.argv, "--score", path]
-            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        for line in map(json.loads, out.splitlines()):
-            yield self.alone[line["id"]], (line["tokens"], line["logprobs"])
-
-    def unique(self) -> int:
-        """How many different completions one greedy request gets in batches that other requests come and go in."""
-        same = replace(self.requests[3], id="same", temperature=0.0)
-        others = [replace(r, max_new_tokens=1 + 3 * i) for i, r in enumerate(self.requests[:6])]
-        mixed = [r for i in range(25 * self.size) for r in (same, others[i % len(others)])]
-        answers = [answer for slots in (3, 8, 21, 40) for answer in self.complete(mixed, slots)]
-        return len({str(answer) for name, answer in answers if name == "same"})
+LENGTHS, NEW, ROOM = (1, 9, 10, 64, 65, 256, 511), 16, 527  # tokens of the prompts, generated, of both at most
+OPTIONS = [{"temperature": 0.0}, {"seed": 7}, {"top_k": 50, "top_p": 0.9}]  # of the requests in turns
 
 
-def tally(pairs) -> tuple[int, int, int | None]:
-    """(compared, different, the first token at which one differs)"""
+def complete(model, requests: list[Request], slots: int, chunk: int = 0, room: int = ROOM) -> list[tuple]:
+    """(request id, (tokens, logprobs)) of requests that stream through `slots`, each with `room` tokens of cache."""
+    engine = Engine(model, Tokenizer(None), slots, room, chunk)
+    return [(c.request.id, (c.tokens, c.logprobs)) for c, _ in engine.generate(requests) if c.finish_reason]
+
+
+def rescore(model, texts: list[tuple]) -> list[list[float]]:
+    """Logprobs by prefill of (prompt_ids, tokens); arguments in place of a model say which to load."""
+    model = generate.load(model)[0] if isinstance(model, argparse.Namespace) else model
+    engine = Engine(model, Tokenizer(None), 1, ROOM)
+    return [engine.score(*text) for text in texts]
+
+
+def tally(alone: dict, answers: list[tuple]) -> tuple[str, bool]:
+    """How many differ from what `alone` has, and the first token at which one does; whether any does."""
     first = []
-    for want, got in pairs:
-        differs = [i for i, pairs in enumerate(zip(*want, *got, strict=True)) if pairs[:2] != pairs[2:]]
-        first.append(min(differs, default=None))
-    found = [i for i in first if i is not None]
-    return len(first), len(found), min(found, default=None)
+    for name, now in answers:
+        pairs = zip(*(x[: len(now[0])] for x in alone[name]), *now, strict=True)
+        first += [i for i, x in enumerate(pairs) if x[:2] != x[2:]][:1]
+    return f"{len(first)} of {len(answers)}" + (f", {min(first)}" if first else ""), bool(first)
 
 
-PROMISES = {
-    "C1 batch size, neighbours, refilled slots": Subject.batches,
-    "C2 prefill in chunks": Subject.chunks,
-    "C2 rescored by prefill": Subject.rescored,
-    "C5 compiled": Subject.compiled,
-    "C6 cache length": Subject.rooms,
-    "C7 threads 1 to 32": Subject.threads,
-    "C7 another process": Subject.process,
-}
+def promises(args: argparse.Namespace, size: int, model, requests: list[Request]):
+    """(what varies, how many differ, whether any does) for each row of the table."""
+    alone, short = dict(complete(model, requests, 1)), [replace(r, max_new_tokens=2) for r in requests[1:6:2]]
+    texts = [(r.prompt_ids, alone[r.id][0]) for r in requests]
+    run = lambda *calls: tally(alone, [answer for call in calls for answer in complete(model, *call)])
+    scored = lambda scores: tally(alone, [(i, (alone[i][0], x)) for i, x in zip(alone, scores, strict=True)])
+    batches = (2, 5, 17, 33) if size == 1 else range(1, 51)
+    yield (
+        "C1 batch size, neighbours, refilled slots",
+        *run(*((requests * (1 + n // len(requests)), n) for n in batches)),
+    )
+    chunks = [(requests[: 6 if n < 7 else None], 1, n) for n in (1, 3, 7, 64, 200)]
+    yield "C2 prefill in chunks", *run(*chunks)
+    yield "C2 rescored by prefill", *scored(rescore(model, texts))
+    generate.set_up(model, True, True)
+    yield "C5 compiled", *run((requests, 1), (requests, 4))
+    model.decode_stack = model.prefill_stack = model.stack
+    yield "C6 cache length", *run((requests[3:], 2, 0, 1024), (requests[3:], 2, 0, 2500))
+    before, answers = torch.get_num_threads(), []
+    for threads in (1, 2, 4, 8, 16, 32):
+        torch.set_num_threads(threads)
+        answers += complete(model, short, 2)
+    torch.set_num_threads(before)
+    yield "C7 threads 1 to 32", *tally(alone, answers)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        yield "C7 another process", *scored(pool.apply(rescore, (args, texts)))
+    same = replace(requests[3], id="same", temperature=0.0)
+    others = [replace(r, max_new_tokens=1 + 3 * i) for i, r in enumerate(requests[:6])]
+    mixed = [r for i in range(25 * size) for r in (same, others[i % 6])]
+    answers = [answer for slots in (3, 8, 21, 40) for answer in complete(model, mixed, slots)]
+    unique = len({str(answer) for name, answer in answers if name == "same"})
+    yield f"unique completions of {100 * size} identical requests, mixed batches", str(unique), unique > 1
 
 
 def plain_linear(x, packed):
     """No padding, no leaves, no probe."""
-    weight = torch.cat([leaf.to_dense() if leaf.is_mkldnn else leaf for leaf in packed.leaves], dim=1)
-    return F.linear(x, weight, packed.bias)
+    leaves = packed.leaves if packed.weight is None else [packed.weight]  # a GPU holds every weight in one piece
+    return F.linear(x, torch.cat([w.to_dense() if w.is_mkldnn else w for w in leaves], dim=1), packed.bias)
 
 
 def leaves_by_rows(x, packed):
     """One row alone is summed whole, several are summed leaf by leaf."""
-    return packed(x) if x.numel() > x.shape[-1] or len(packed.leaves) == 1 else plain_linear(x, packed)
+    whole = x.numel() == x.shape[-1] and (x.is_cuda or packed.weight is None)
+    return plain_linear(x, packed) if whole else packed(x)
 
 
 def causal_flag(q, k, v, k_cache, v_cache, pos, mask, scale):
@@ -140,8 +101,14 @@ def causal_flag(q, k, v, k_cache, v_cache, pos, mask, scale):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
 
 
-def noise_by_row(gumbel):
-    return lambda key, pos, ids: gumbel(key + torch.arange(len(key), device=key.device)[:, None], pos, ids)
+def noise_by_row(key, pos, ids):
+    return gumbel(key + torch.arange(len(key), device=key.device)[:, None], pos, ids)
+
+
+def follow(model, ops, noise):
+    generate.gumbel = noise
+    for layer in model.modules():
+        layer.ops = ops
 
 
 CONTROLS = {
@@ -152,45 +119,32 @@ CONTROLS = {
 }
 
 
-def main(argv: list[str]) -> int:
-    size = 1
-    if "--size" in argv:
-        i = argv.index("--size")
-        size, argv = int(argv[i + 1]), argv[:i] + argv[i + 2 :]
-    columns, unique, show = [], [], sys.stderr.isatty()
-    for flags in ([], ["--deterministic"]):
-        subject, column = Subject(argv + flags, size), []
-        for name, check in PROMISES.items():
-            column.append(tally(check(subject)))
-            show and generate.say(f"flag {'on' if flags else 'off'}, {name}: {column[-1]}")
-        columns.append(column)
-        unique.append(subject.unique())
+def main(own: argparse.Namespace, argv: list[str]) -> int:
+    table = {}
+    for flag in ([], ["--deterministic"]):
+        args, draw, failed = generate.parse_args(argv + flag), torch.Generator().manual_seed(0), False
+        model, _ = generate.load(args)
+        ids = [torch.randint(model.config.vocab_size, (n,), generator=draw).tolist() for n in LENGTHS * own.size]
+        requests = [Request(i, "", row, max_new_tokens=NEW, **OPTIONS[i % 3]) for i, row in enumerate(ids)]
+        for name, found, differs in promises(args, own.size, model, requests):
+            table[name], failed = [*table.get(name, []), found], failed or differs
+            if sys.stderr.isatty():
+                generate.say(f"flag {'on' if flag else 'off'}, {name}: {found}")
     print("| what varies | flag off: differ of compared, first token | flag on |\n|---|---|---|")
-    for name, *cells in zip(PROMISES, *columns, strict=True):
-        cells = [f"{differ} of {compared}" + f", {at}" * (differ > 0) for compared, differ, at in cells]
-        print(f"| {name} | {' | '.join(cells)} |")
-    print(f"| unique completions of {100 * size} identical requests, mixed batches | {unique[0]} | {unique[1]} |\n")
-    print("| a rule broken on purpose, the flag on | differ of compared, first token |\n|---|---|")
-    holds, gumbel = unique[1] == 1 and not any(differ for _, differ, _ in columns[1]), generate.gumbel
-    for name, broken in CONTROLS.items():
-        if "attention" in broken and subject.model.device.type != "cpu":
+    print(*(f"| {name} | {' | '.join(cells)} |" for name, cells in table.items()), sep="\n")
+    print("\n| a rule broken on purpose, the flag on | differ of compared, first token |\n|---|---|")
+    rules, some = model.ops, requests[2:]
+    for name, broken in CONTROLS.items():  # beside the answers alone of a model that breaks the rule as well
+        if "attention" in broken and model.device.type != "cpu":
             continue
-        subject = Subject([*argv, "--deterministic"], size, **broken)
-        generate.gumbel = gumbel if broken else noise_by_row(gumbel)
-        try:
-            pairs = subject.compare(subject.requests[2:], 5) + subject.compare(subject.requests[2:], 1, 7)
-            compared, differ, at = tally(pairs)
-        finally:
-            generate.gumbel = gumbel
-        holds = holds and differ > 0
-        print(f"| {name} | {differ} of {compared}, {at} |")
-    print("\nThe contract holds." if holds else "\nThe contract does not hold, or a control did not fail.")
-    return 0 if holds else 1
+        follow(model, replace(rules, **broken), gumbel if broken else noise_by_row)
+        found, differs = tally(dict(complete(model, some, 1)), complete(model, some, 5) + complete(model, some, 1, 7))
+        failed = failed or not differs
+        print(f"| {name} | {found} |")
+    follow(model, rules, gumbel)
+    print("\nThe contract does not hold, or a control did not fail." if failed else "\nThe contract holds.")
+    return int(failed)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except (generate.InputError, ValueError, IndexError) as e:
-        generate.say("error:", *str(e).split())
-        sys.exit(2)
+    bench.command(main, size=1)

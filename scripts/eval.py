@@ -1,0 +1,113 @@
+"""How good a model is: perplexity of a text, or tasks of lm_eval. All flags of generate.py that choose a model apply.
+
+python scripts/eval.py --text FILE --window 2048 --stride 1024
+python scripts/eval.py --tasks arc_easy,piqa --limit 100           or a folder of task files; `pip install lm_eval`"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import generate  # noqa: E402
+
+
+@torch.inference_mode()
+def score(engine, ids: list[int], first: int) -> tuple[list[float], bool]:
+    """As --score does, the logprobs of ids[first:], each after all before it; and whether all are the likeliest."""
+    logprobs, likeliest = [], []
+    for i in range(0, len(ids) - 1, 512):
+        targets_T = torch.tensor(ids[i + 1 : i + 513], device=engine.model.device)
+        logits_TV = engine._feed([ids[i : i + len(targets_T)]], [i], slot=0, last=False)[0]
+        logprobs += engine._logprobs(logits_TV, targets_T)
+        likeliest += (logits_TV.argmax(-1) == targets_T).tolist()
+    return logprobs[first - 1 :], all(likeliest[first - 1 :])
+
+
+def log_likelihood(engine, ids: list[int], window: int, stride: int, show=lambda done, total: None) -> float:
+    """The sum of the logprobs of ids[1:]; each is scored once, in a window that reaches back as far as it can."""
+    total, done = 0.0, 1
+    while done < len(ids):
+        end = min(done + stride if done > 1 else window, len(ids))
+        start = max(end - window, 0)
+        total += math.fsum(score(engine, ids[start:end], done - start)[0])
+        done = end
+        show(done, total)
+    return total
+
+
+def adapter(engine):
+    """The engine as a model of lm_eval, for tasks that compare likelihoods."""
+    from lm_eval.api.model import LM
+
+    encode, context, eos = engine.tokenizer.encode, engine.model.config.context, min(engine.tokenizer.eos_ids)
+
+    class Adapter(LM):
+        def one(self, before: str, text: str) -> tuple[float, bool]:
+            known = before.rstrip()  # what follows belongs to the text, whose tokens begin with a space
+            known, whole = encode(known) or [eos], [eos] * (not encode(known)) + encode(before + text)
+            logprobs, likeliest = score(engine, whole[-context:], max(len(known) - max(len(whole) - context, 0), 1))
+            return math.fsum(logprobs), likeliest
+
+        def loglikelihood(self, requests):
+            return [self.one(*request.args) for request in requests]
+
+        def loglikelihood_rolling(self, requests):
+            ids = [[eos, *encode(request.args[0])] for request in requests]
+            return [log_likelihood(engine, row, context, context // 2) for row in ids]
+
+        def generate_until(self, requests):
+            generate.refuse("tasks that generate text are not supported, choose those that compare likelihoods")
+
+    return Adapter()
+
+
+def run_tasks(engine, tasks: str, limit: int | None) -> str:
+    try:
+        from lm_eval import simple_evaluate, utils
+        from lm_eval import tasks as lm_tasks
+    except ImportError as e:
+        raise generate.InputError(f"--tasks needs `pip install lm_eval`: {e}") from e
+    names = tasks.split(",")
+    folders = [str(Path(name).parent) for name in names if name.endswith(".yaml")]
+    manager = lm_tasks.TaskManager(include_path=folders or None)
+    names = [Path(name).stem for name in names]
+    results = simple_evaluate(adapter(engine), tasks=names, limit=limit, task_manager=manager)
+    return utils.make_table(results)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = generate.refuse
+    parser.add_argument("--text", type=Path, metavar="FILE")
+    parser.add_argument("--tasks", metavar="NAME,...")
+    for flag, default in {"--window": 2048, "--stride": 1024, "--limit": None}.items():
+        parser.add_argument(flag, type=int, default=default, metavar="N")
+    args, rest = parser.parse_known_args(argv)
+    if not 0 < args.stride < args.window or bool(args.text) == bool(args.tasks):
+        generate.refuse("expected --text FILE or --tasks NAME,... and 0 < --stride < --window")
+    model, tokenizer = generate.load(generate.parse_args(rest))
+    engine = generate.Engine(model, tokenizer, 1, model.config.context)
+    if args.tasks:
+        print(run_tasks(engine, args.tasks, args.limit))
+        return
+    with generate.refusing(f"--text {args.text} cannot be read", OSError, ValueError):
+        ids, start = tokenizer.encode(args.text.read_text(encoding="utf-8")), time.perf_counter()
+    if len(ids) < 2:
+        generate.refuse(f"--text {args.text} has {len(ids)} tokens, expected 2 or more")
+    say = lambda done, total: generate.say(f"\r{done}/{len(ids)}: {math.exp(-total / (done - 1)):.4f}", end="")
+    total = log_likelihood(engine, ids, min(args.window, model.config.context), args.stride, say)
+    rate = len(ids) / (time.perf_counter() - start)
+    generate.say()
+    print(f"perplexity {math.exp(-total / (len(ids) - 1)):.4f} of {len(ids) - 1} tokens, {rate:.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (generate.InputError, OSError) as e:
+        generate.say("error:", *str(e).split())
+        sys.exit(2)
