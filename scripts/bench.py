@@ -46,7 +46,8 @@ def measure(generate, model, batch_size, prompt, new):
 
 def command(main, **own):
     """Run main(its `own` flags, those of generate.py), exit with its status; an error is one line and status 2."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    about = {"description": sys.modules["__main__"].__doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(**about, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}\n")
     for name, default in own.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)

@@ -1,9 +1,8 @@
 """How good a model is: perplexity of a text, or tasks of lm_eval. All flags of generate.py that choose a model apply.
 
 python scripts/eval.py --text FILE --window 2048 --stride 1024
-python scripts/eval.py --tasks arc_easy,piqa --limit 100           or a folder of task files; `pip install lm_eval`"""
+python scripts/eval.py --tasks arc_easy,piqa --limit 100      or a task.yaml of your own; `pip install lm_eval`"""
 
-import argparse
 import math
 import sys
 import time
@@ -13,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate  # noqa: E402
+from scripts import bench  # noqa: E402
 
 
 @torch.inference_mode()
@@ -79,35 +79,23 @@ def run_tasks(engine, tasks: str, limit: int | None) -> str:
     return utils.make_table(results)
 
 
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = generate.refuse
-    parser.add_argument("--text", type=Path, metavar="FILE")
-    parser.add_argument("--tasks", metavar="NAME,...")
-    for flag, default in {"--window": 2048, "--stride": 1024, "--limit": None}.items():
-        parser.add_argument(flag, type=int, default=default, metavar="N")
-    args, rest = parser.parse_known_args(argv)
-    if not 0 < args.stride < args.window or bool(args.text) == bool(args.tasks):
+def main(own, argv: list[str]) -> None:
+    if not 0 < own.stride < own.window or bool(own.text) == bool(own.tasks):
         generate.refuse("expected --text FILE or --tasks NAME,... and 0 < --stride < --window")
-    model, tokenizer = generate.load(generate.parse_args(rest))
+    model, tokenizer = generate.load(generate.parse_args(argv))
     engine = generate.Engine(model, tokenizer, 1, model.config.context)
-    if args.tasks:
-        print(run_tasks(engine, args.tasks, args.limit))
-        return
-    with generate.refusing(f"--text {args.text} cannot be read", OSError, ValueError):
-        ids, start = tokenizer.encode(args.text.read_text(encoding="utf-8")), time.perf_counter()
+    if own.tasks:
+        return print(run_tasks(engine, own.tasks, own.limit or None))
+    with generate.refusing(f"--text {own.text} cannot be read", OSError, ValueError):
+        ids, start = tokenizer.encode(Path(own.text).read_text(encoding="utf-8")), time.perf_counter()
     if len(ids) < 2:
-        generate.refuse(f"--text {args.text} has {len(ids)} tokens, expected 2 or more")
+        generate.refuse(f"--text {own.text} has {len(ids)} tokens, expected 2 or more")
     say = lambda done, total: generate.say(f"\r{done}/{len(ids)}: {math.exp(-total / (done - 1)):.4f}", end="")
-    total = log_likelihood(engine, ids, min(args.window, model.config.context), args.stride, say)
+    total = log_likelihood(engine, ids, min(own.window, model.config.context), own.stride, say)
     rate = len(ids) / (time.perf_counter() - start)
     generate.say()
     print(f"perplexity {math.exp(-total / (len(ids) - 1)):.4f} of {len(ids) - 1} tokens, {rate:.0f} tokens/s")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (generate.InputError, OSError) as e:
-        generate.say("error:", *str(e).split())
-        sys.exit(2)
+    bench.command(main, text="", tasks="", window=2048, stride=1024, limit=0)

@@ -57,7 +57,7 @@ def promises(args: argparse.Namespace, size: int, model, requests: list[Request]
         "C1 batch size, neighbours, refilled slots",
         *run(*((requests * (1 + n // len(requests)), n) for n in batches)),
     )
-    chunks = [(requests[: 6 if n < 7 else None], 1, n) for n in (1, 3, 7, 64, 200)]
+    chunks = [(requests[: 5 if n < 7 else None], 1, n) for n in (1, 3, 7, 64, 200)]
     yield "C2 prefill in chunks", *run(*chunks)
     yield "C2 rescored by prefill", *scored(rescore(model, texts))
     generate.set_up(model, True, True)
