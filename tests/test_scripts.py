@@ -1,0 +1,116 @@
+"""scripts/bench.py and scripts/verify.py on a tiny random model: what they print, what they find, bad input."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import generate
+from kernels import BATCH_INVARIANT, FAST
+from scripts import verify
+
+ROOT = Path(generate.__file__).parent
+CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 192, "vocab_size": 320}
+CONFIG |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+CONFIG |= {"max_position_embeddings": 3000, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path / "config.json"
+
+
+def run(*argv):
+    argv = [sys.executable, *map(str, argv)]
+    return subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+
+def test_bench(config):
+    done = run("scripts/bench.py", "--random_weights", config, "--batches", "1,2", "--runs", "1")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| [\d.]+ \| ([\d.]+) \| [\d.]+ \| \d+% \|$", done.stdout, re.M)
+    assert [int(row[0]) for row in rows] == [1, 2] and all(float(x) > 0 for row in rows for x in row)
+
+
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        (["bench.py", "--bogus"], "--bogus"),
+        (["bench.py", "--batches", "x"], "x"),
+        (["bench.py", "--checkpoint_path", "/nowhere"], "config.json"),
+        (["verify.py", "--bogus"], "--bogus"),
+        (["verify.py", "--size", "x"], "--size"),
+        (["verify.py", "--checkpoint_path", "/nowhere"], "config.json"),
+    ],
+)
+def test_bad_input(argv, word):
+    done = run(f"scripts/{argv[0]}", *argv[1:])
+    assert done.returncode == 2 and done.stdout == "", done
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and word in done.stderr
+
+
+def test_tally():
+    alone = {0: ([5, 6], [-1.0, -2.0]), 1: ([7], [-3.0])}
+    assert verify.tally(alone, list(alone.items())) == ("0 of 2", False)
+    assert verify.tally(alone, [(0, ([5, 6], [-1.0, -2.0000001])), (1, ([7], [-3.0]))]) == ("1 of 2, 1", True)
+    assert verify.tally(alone, [(0, ([5], [-1.0])), (1, ([8], [-3.0]))]) == ("1 of 2, 0", True)
+
+
+def rows(config, monkeypatch, flags=(), **broken):
+    """The table of one model, with no compiling, which takes minutes."""
+    args = generate.parse_args(["--random_weights", str(config), *flags])
+    model, _ = generate.load(args)
+    verify.follow(model, replace(model.ops, **broken), generate.gumbel)
+    monkeypatch.setattr(generate, "set_up", lambda *_: None)
+    monkeypatch.setattr(verify.multiprocessing, "get_context", lambda kind: SameProcess())
+    ids = [torch.randint(320, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in verify.LENGTHS]
+    requests = [generate.Request(i, "", row, max_new_tokens=6, **verify.OPTIONS[i % 3]) for i, row in enumerate(ids)]
+    return {name: (found, differs) for name, found, differs in verify.promises(args, 1, model, requests)}
+
+
+class SameProcess:
+    """In place of a pool of processes."""
+
+    def Pool(self, count):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def apply(self, function, args):
+        return function(*args)
+
+
+def test_verify_finds_nothing_with_the_flag(config, monkeypatch):
+    table = rows(config, monkeypatch, ["--deterministic"])
+    assert len(table) == 8 and not any(differs for _, differs in table.values()), table
+
+
+def test_verify_finds_a_broken_rule(config, monkeypatch):
+    table = rows(config, monkeypatch, ["--deterministic"], attention=verify.causal_flag)
+    assert table["C2 prefill in chunks"][1] and table["C2 rescored by prefill"][1]
+    assert not table["C6 cache length"][1]  # which that rule has nothing to do with
+
+
+@pytest.mark.parametrize("name", ["F.linear with no tiles, leaves or probe", "leaves for several rows only"])
+def test_controls_are_other_products(name):
+    linear = verify.CONTROLS[name]["linear"]
+    weight, x = (torch.randn(n, 384, generator=torch.Generator().manual_seed(n)) for n in (64, 40))
+    packed = BATCH_INVARIANT.pack(weight, None, 3)
+    want = BATCH_INVARIANT.linear(x, packed)
+    torch.testing.assert_close(linear(x, packed), want, rtol=0, atol=1e-4)  # sums of 384 products, in another order
+    assert not torch.equal(linear(x[:1], packed), want[:1])
+
+
+def test_flag_off_is_the_other_table(config):
+    for flags, ops in (([], FAST), (["--deterministic"], BATCH_INVARIANT)):
+        assert generate.load(generate.parse_args(["--random_weights", str(config), *flags]))[0].ops is ops
