@@ -1,6 +1,6 @@
 """The determinism contract, tried on a checkpoint: how many comparisons differ with the flag off and on.
 
-python scripts/verify.py                              the default model, a few minutes on 2 cores
+python scripts/verify.py                              the default model, seven minutes on 2 cores
 python scripts/verify.py --precision fp32 --size 4    four times the requests, every batch size from 1 to 50
 All flags of generate.py that choose a model or a device apply. A comparison is one completion, its tokens and the exact
 bits of its logprobs, against the same request alone with nothing varied. Exit status 1 where the flag does not hold."""
