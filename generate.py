@@ -3,12 +3,13 @@
 import argparse
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -88,26 +89,28 @@ class Sampler:
     def __init__(self, requests: list[Request | None], device: torch.device):
         likeliest = Request(0, "", [], temperature=1.0, top_k=1)  # what temperature 0 means
         rows = [request if request and request.temperature else likeliest for request in requests]
-        self.temperature_B1 = torch.tensor([[r.temperature] for r in rows], device=device)
-        self.top_k_B1 = torch.tensor([[r.top_k] for r in rows], device=device)
-        self.top_p_B1 = torch.tensor([[r.top_p] for r in rows], device=device, dtype=torch.float64)
-        self.key_B2 = torch.tensor([noise_key(r.seed, r.sample) for r in rows], device=device)
+        settings = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float64}
+        self.rows = [torch.tensor([[getattr(r, n)] for r in rows], device=device, dtype=d) for n, d in settings.items()]
+        self.rows += [torch.tensor([noise_key(r.seed, r.sample) for r in rows], device=device)]
         self.k, self.nucleus = max(r.top_k for r in rows), any(r.top_p < 1 for r in rows)
 
-    def __call__(self, logits_BV: Tensor, pos_B: Tensor) -> Tensor:
-        """Tokens [B] for absolute positions `pos_B` from fp32 logits: the argmax of logits / temperature + Gumbel
-        noise over the ids that top-k, then top-p keep, the lowest id on a tie; at temperature 0 the plain argmax."""
-        values, ids = top(logits_BV, self.k)
+    def __call__(self, logits_NV: Tensor, pos_N: Tensor) -> Tensor:
+        """Tokens [N] for absolute positions `pos_N` from fp32 logits, N / B for each row in turn: the argmax of logits
+        / temperature + Gumbel noise over the ids that top-k, then top-p keep, the lowest id on a tie; at temperature 0
+        the plain argmax."""
+        values, ids = top(logits_NV, self.k)
         if self.k == 1:
             return ids[:, 0]
-        scaled = (values - values[:, :1]) / self.temperature_B1
-        keep = torch.arange(ids.shape[1], device=ids.device) < self.top_k_B1
+        T = len(pos_N) // len(self.rows[0])
+        temperature_N1, top_k_N1, top_p_N1, key_N2 = (x.repeat_interleave(T, dim=0) for x in self.rows)
+        scaled = (values - values[:, :1]) / temperature_N1
+        keep = torch.arange(ids.shape[1], device=ids.device) < top_k_N1
         if self.nucleus:
             weight = (scaled.exp() * keep * 2.0**40).long()  # fixed point: integers add up alike in any order
             upto = weight.cumsum(-1)
-            keep = keep & ((upto - weight < self.top_p_B1 * upto[:, -1:]) | (self.top_p_B1 == 1))
-        score = torch.where(keep, scaled + gumbel(self.key_B2, pos_B, ids), float("-inf"))
-        return torch.where(score == score.amax(-1, keepdim=True), ids, logits_BV.shape[-1]).amin(-1)
+            keep = keep & ((upto - weight < top_p_N1 * upto[:, -1:]) | (top_p_N1 == 1))
+        score = torch.where(keep, scaled + gumbel(key_N2, pos_N, ids), float("-inf"))
+        return torch.where(score == score.amax(-1, keepdim=True), ids, logits_NV.shape[-1]).amin(-1)
 
 
 class Tokenizer:
@@ -115,7 +118,7 @@ class Tokenizer:
 
     def __init__(self, directory: Path | None):
         if directory is None:
-            self.eos_ids, self.decode = set(), lambda ids: ""
+            self.eos_ids, self.decode, self.vocab = set(), lambda ids: "", dict
             self.encode = lambda text: refuse("random weights have no tokenizer: give --prompt a number of tokens")
             return
         self.settings = read_json(directory / "tokenizer_config.json", {})
@@ -132,6 +135,7 @@ class Tokenizer:
 
                 hf = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
                 self.encode, decode = lambda text, bos=True: hf.encode(text, add_special_tokens=bos).ids, hf.decode
+                self.vocab = hf.get_vocab
             else:
                 from sentencepiece import SentencePieceProcessor
 
@@ -139,6 +143,7 @@ class Tokenizer:
                 special = {t["content"]: int(i) for i, t in self.settings.get("added_tokens_decoder", {}).items()}
                 special |= {sp.id_to_piece(i): i for i in range(len(sp)) if sp.is_control(i)}
                 marks = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+                self.vocab = lambda: {sp.id_to_piece(i): i for i in range(len(sp))} | special
                 add_bos = self.settings.get("add_bos_token", True) and sp.bos_id() >= 0
                 ids_of = lambda part: [special[part]] if part in special else sp.encode(part)
                 chat = lambda text: [i for part in marks.split(text) for i in ids_of(part)]
@@ -170,6 +175,10 @@ class Completion:
         # `shown` characters of the text have been returned, and it ends with the text of tokens[base:read].
         self.text, self.shown, self.base, self.read = "", 0, 0, 0
 
+    @property
+    def ids(self) -> list[int]:
+        return self.request.prompt_ids + self.tokens
+
     def push(self, token: int, logprob: float) -> str:
         """Add a drawn token; returns the text that became certain: no half characters, nothing of a stop string."""
         self.tokens.append(token)
@@ -197,57 +206,85 @@ class Completion:
         return json.dumps(line | {"prompt_tokens": len(r.prompt_ids), "seed": r.seed}, ensure_ascii=False)
 
 
+def agreement(a: Sequence, b: Sequence) -> int:
+    """How many of their first elements are alike."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
 class Engine:
-    """A model, its tokenizer, and a cache of `batch_size` slots through which requests stream."""
+    """A model, its tokenizer, and a cache of `batch_size` slots through which requests stream. Speculation: each round
+    checks `k` drafts of `propose` in one pass. One is accepted iff it is what the model draws there, so what is printed
+    are the model's own draws, and the cache needs no repair: what is wrong in it is overwritten before it is read."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, batch_size: int, length: int, prefill_chunk: int = 0):
-        self.model, self.tokenizer, self.chunk = model, tokenizer, prefill_chunk or length
-        self.batch_size, self.cache = batch_size, model.new_cache(batch_size, length)
+    def __init__(self, model, tokenizer: Tokenizer, batch_size: int, length: int, chunk=0, propose=None, k=0):
+        self.model, self.tokenizer, self.chunk, self.propose, self.k = model, tokenizer, chunk or length, propose, k
+        self.batch_size, self.cache = batch_size, model.new_cache(batch_size, length + k)
         self.tokens, self.seconds = {"prefill": 0, "decode": 0, "new": 0}, {"prefill": 0.0, "decode": 0.0}
-        self.steps, self.first_token_s = 0, 0.0
+        self.steps, self.first_token_s, self.accept_counts = 0, 0.0, [0] * (k + 1 if k else 0)
+        self.failed = self.wait = 0  # rounds in a row whose drafts did not pay, and steps to take without drafts
 
-    def _feed(self, tokens: list[list[int]], starts: list[int], slot: int | None = None, last=True) -> Tensor:
+    def feed(self, tokens, starts: list[int], slot: int | None = None, last=False) -> Tensor:
         """Feed every slot, or just one, its tokens from its start on; fp32 logits [B, T, V], T = 1 with `last`."""
         T, cache = len(tokens[0]), self.cache if slot is None else [[x[slot, None] for x in kv] for kv in self.cache]
-        tokens_BT = torch.tensor(tokens, device=self.model.device)
+        tokens_BT = torch.as_tensor(tokens, device=self.model.device)
         pos_BT = torch.tensor([range(start, start + T) for start in starts], device=self.model.device)
         return self.model(tokens_BT, pos_BT, cache, max(starts) + T, last, decode=slot is None)
 
-    def _logprobs(self, logits_NV: Tensor, ids_N: Tensor) -> list[float]:
-        return self.model.ops.log_softmax(logits_NV).gather(-1, ids_N[:, None])[:, 0].tolist()
+    def prefill(self, ids: list[int], slot: int, start: int = 0) -> Tensor:
+        """Feed a slot ids[start:] in chunks; the last logits [1, 1, V]."""
+        for i in range(start, len(ids), self.chunk):
+            logits_BTV = self.feed([ids[i : i + self.chunk]], [i], slot, last=True)
+        return logits_BTV
+
+    def logprobs(self, logits: Tensor, ids: Tensor) -> list:
+        """Of ids, shaped as the rows of the logits."""
+        return self.model.ops.log_softmax(logits).gather(-1, ids[..., None])[..., 0].tolist()
 
     @torch.inference_mode()
     def generate(self, requests: list[Request]) -> Iterator[tuple[Completion, str]]:
         """Yield (completion, new text) for each token as it is made; a finished slot takes the next request at once."""
         queue, slots, began = list(requests)[::-1], [None] * self.batch_size, time.perf_counter()
         while queue or any(slots):
-            start = time.perf_counter()
+            start, drafts = time.perf_counter(), [[]] * self.batch_size
             if queue and None in slots:
                 slot, completion = slots.index(None), Completion(queue.pop(), self.tokenizer)
                 if completion.finish_reason:
                     yield completion, ""
                     continue
-                slots[slot], batch, ids = completion, [completion], completion.request.prompt_ids
-                phase, sampler, ends = "prefill", Sampler([completion.request], self.model.device), [len(ids)]
-                for i in range(0, len(ids), self.chunk):
-                    logits_BV = self._feed([ids[i : i + self.chunk]], [i], slot)[:, -1]
+                slots[slot], batch, phase = completion, [completion], "prefill"
+                sampler = Sampler([completion.request], self.model.device)
+                logits_BTV = self.prefill(completion.ids, slot)
+                self.tokens["prefill"] += len(completion.ids)
             else:
                 if phase == "prefill":  # since the last step a slot has changed hands
                     phase, sampler = "decode", Sampler([c and c.request for c in slots], self.model.device)
+                if self.propose and not self.wait:
+                    drafts = self.propose(slots, sampler, self.k) or drafts
                 # An idle slot computes at position 0, which its next prompt overwrites.
-                batch, tokens = slots, [[c.tokens[-1] if c else 0] for c in slots]
-                ends = [len(c.request.prompt_ids) + len(c.tokens) if c else 1 for c in slots]
-                logits_BV = self._feed(tokens, [end - 1 for end in ends])[:, -1]
-                self.steps += 1
-            tokens_B = sampler(logits_BV, torch.tensor(ends, device=self.model.device))
-            drawn = zip(batch, tokens_B.tolist(), self._logprobs(logits_BV, tokens_B), strict=True)
-            drawn = [row for row in drawn if row[0]]
+                batch, fed = slots, [[c.tokens[-1] if c else 0, *drafts[i]] for i, c in enumerate(slots)]
+                logits_BTV = self.feed(fed, [len(c.ids) - 1 if c else 0 for c in slots])
+                self.steps, self.wait = self.steps + 1, max(self.wait - 1, 0)
+            T = logits_BTV.shape[1]
+            pos_N = [(len(c.ids) if c else 1) + t for c in batch for t in range(T)]
+            tokens_N = sampler(logits_BTV.flatten(0, 1), torch.tensor(pos_N, device=self.model.device))
+            drawn_BT = tokens_N.view(-1, T)
+            rows = batch, drafts, drawn_BT.tolist(), self.logprobs(logits_BTV, drawn_BT)
             self.first_token_s = self.first_token_s or time.perf_counter() - began
             self.seconds[phase] += time.perf_counter() - start
-            self.tokens[phase] += len(ids) if phase == "prefill" else len(drawn)
-            self.tokens["new"] += len(drawn)
-            for completion, token, logprob in drawn:
-                yield completion, completion.push(token, logprob)
+            gain = 0
+            for completion, draft, drawn, logprobs in [row for row in zip(*rows, strict=False) if row[0]]:
+                accepted, before = agreement(draft, drawn), len(completion.tokens)
+                for token, logprob in zip(drawn[: accepted + 1], logprobs, strict=False):
+                    if not completion.finish_reason:
+                        yield completion, completion.push(token, logprob)
+                made, gain = len(completion.tokens) - before, gain + accepted
+                self.tokens["new"] += made
+                self.tokens["decode"] += made if phase == "decode" else 0
+                if T > 1:
+                    self.accept_counts[made - 1] += 1
+            if T > 1:  # after rounds that did not pay, longer and longer pauses
+                self.failed = 0 if gain >= self.propose.pays * sum(map(bool, batch)) else self.failed + 1
+                self.wait = min(2**self.failed // 4, 64)
             slots = [None if c and c.finish_reason else c for c in slots]
 
     @torch.inference_mode()
@@ -256,11 +293,56 @@ class Engine:
         ids, chunk, logprobs, start = prompt_ids + tokens, min(self.chunk, 512), [], time.perf_counter()
         for i in range(0, len(ids) - 1, chunk):
             targets_T = torch.tensor(ids[i + 1 : i + 1 + chunk], device=self.model.device)
-            logits_TV = self._feed([ids[i : i + len(targets_T)]], [i], slot=0, last=False)[0]
-            logprobs += self._logprobs(logits_TV, targets_T)
+            logits_TV = self.feed([ids[i : i + len(targets_T)]], [i], slot=0)[0]
+            logprobs += self.logprobs(logits_TV, targets_T)
         self.tokens["prefill"] += len(ids)
         self.seconds["prefill"] += time.perf_counter() - start
         return logprobs[len(prompt_ids) - 1 :]
+
+
+class PromptLookup:
+    """Drafts without a model (prompt lookup, Saxena 2023): what followed the last tokens where they stood before."""
+
+    pays = 1  # accepted drafts a completion, from which on a round is worth its time
+
+    def __call__(self, slots: list[Completion | None], sampler: Sampler, k: int) -> list[list[int]] | None:
+        """k tokens for each slot; None where less than half of the completions have any."""
+        drafts, found = [[0] * k for _ in slots], 0
+        for draft, ids in [(draft, c.ids) for draft, c in zip(drafts, slots, strict=True) if c]:
+            text = "".join(map(chr, ids))  # quick to search
+            ends = (text.rfind(text[-n:], 0, -1) + n for n in (4, 3, 2) if text[-n:] in text[:-1])
+            if end := next(ends, None):
+                found += 1
+                for i in range(k):
+                    draft[i] = ids[end + i]
+                    ids.append(draft[i])
+        return drafts if 2 * found >= len(slots) - slots.count(None) else None
+
+
+class DraftModel:
+    """Drafts by a smaller model, which draws with the noise that the model itself will draw with."""
+
+    def __init__(self, engine: Engine, k: int):
+        self.engine, self.pays, self.read = engine, k / 2, [[]] * engine.batch_size
+
+    def __call__(self, slots, sampler, k):
+        """As PromptLookup; None where a text outgrows the context of the smaller model."""
+        engine, texts = self.engine, [c.ids if c else [0, 0] for c in slots]
+        if max(map(len, texts)) + k > engine.model.config.context:
+            return None
+        for slot, ids in enumerate(texts):
+            if slots[slot] and (start := agreement(self.read[slot], ids)) < len(ids) - 2:
+                engine.prefill(ids[:-2], slot, start)
+        # The last token but one may be a draft that was accepted, which nobody has read.
+        drafts, fed = [], [ids[-2:] for ids in texts]
+        for i in range(k):  # all on the device, which nobody waits for
+            ends = [len(ids) + i for ids in texts]
+            logits_BV = engine.feed(fed, [end - len(fed[0]) for end in ends])[:, -1]
+            drafts.append(sampler(logits_BV, torch.tensor(ends, device=logits_BV.device)))
+            fed = drafts[-1][:, None]
+        drafts = torch.stack(drafts, dim=1).tolist()
+        self.read = [ids + draft[:-1] for ids, draft in zip(texts, drafts, strict=True)]
+        return drafts
 
 
 def say(*words, **options) -> None:
@@ -291,6 +373,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--ignore_eos", action="store_true", help="go on past the end token")
     add("--batch_size", **count, default=1, help="slots that prompts stream through (%(default)s)")
     add("--prefill_chunk", **count, default=0, help="feed prompts in chunks of N; 0: whole")
+    add("--speculate_k", **count, default=5, help="drafts a round of the two following (%(default)s)")
+    add("--draft_checkpoint_path", type=Path, metavar="DIR", help="speculate: a smaller model drafts")
+    add("--prompt_lookup", action="store_true", help="speculate: draft what followed the same words before")
     add("--compile", action="store_true", help="torch.compile decoding")
     add("--compile_prefill", action="store_true", help="torch.compile prefill")
     add("--profile", metavar="FILE", help="write a trace for chrome://tracing")
@@ -300,11 +385,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, metavar="FILE", help="append those lines to FILE; a rerun skips what is there")
     args = p.parse_args(argv)
     ranges = dict.fromkeys(("max_new_tokens", "top_k", "num_samples", "batch_size"), (1, 2**62))
-    ranges |= {"prefill_chunk": (0, 2**62), "temperature": (0, 2**62), "top_p": (0, 1)}
+    ranges |= {"prefill_chunk": (0, 2**62), "temperature": (0, 2**62), "top_p": (0, 1), "speculate_k": (1, 64)}
     for flag, (low, high) in ranges.items():
         if not low <= (value := getattr(args, flag)) <= high:
             refuse(f"--{flag} {value} is out of range, expected {low} to {high:g}")
     rivals = ["score interactive prompts_file prompt", "random_weights checkpoint_path", "random_weights chat"]
+    rivals += ["draft_checkpoint_path prompt_lookup"]
     rivals += [f"interactive {flag}" for flag in ("random_weights", "json", "output")]
     for given in [[flag for flag in row.split() if getattr(args, flag)] for row in rivals]:
         if len(given) > 1:
@@ -337,6 +423,20 @@ def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
     return model, tokenizer
 
 
+def load_draft(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, length: int) -> Callable | None:
+    """What drafts, by the flags; raises InputError for a model of another vocabulary."""
+    if not (directory := args.draft_checkpoint_path):
+        return PromptLookup() if args.prompt_lookup else None
+    other = {"checkpoint_path": directory, "random_weights": None}
+    draft, words = load(argparse.Namespace(**vars(args) | other))
+    if words.vocab() != tokenizer.vocab() or draft.config.vocab_size != model.config.vocab_size:
+        refuse(f"--draft_checkpoint_path {directory} has another vocabulary than the model, expected the same")
+    set_up(draft, args.compile, args.compile_prefill)
+    engine = Engine(draft, words, args.batch_size, length, args.prefill_chunk, k=args.speculate_k)
+    warm_up(engine, (1, 2))
+    return DraftModel(engine, args.speculate_k)
+
+
 def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> None:
     """Make every global setting, after loading."""
     if sys.platform == "linux" and model.device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -349,13 +449,16 @@ def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> N
         model.prefill_stack = torch.compile(model.stack, options=options, dynamic=True, **kept)
     if compile_decode:
         options = options | {"triton.cudagraphs": model.device.type == "cuda"}
-        model.decode_stack = torch.compile(model.stack, options=options, **kept)
+        model.decode_stack, model.verify_stack = (torch.compile(model.stack, options=options, **kept) for _ in range(2))
 
 
-def warm_up(model: Transformer, batch_size: int, length: int) -> None:
-    """Run graphs and probes before the clock: short prompts, as many tokens as CUDA graphs need to be recorded."""
-    engine = Engine(model, Tokenizer(None), batch_size, length)
-    list(engine.generate([Request(0, "", [0, 0], max_new_tokens=4)] * batch_size))
+@torch.inference_mode()
+def warm_up(engine: Engine, widths: Sequence[int]) -> None:
+    """Run graphs and probes before the clock, for so many tokens a row; as often as CUDA graphs need to be recorded."""
+    engine.prefill([0] * 5, 0)
+    for width in widths:
+        for _ in range(3):
+            engine.feed([[0] * width] * engine.batch_size, [0] * engine.batch_size)
 
 
 def read_lines(flag: str, path: Path) -> list[tuple[str, str]]:
@@ -428,7 +531,7 @@ def report(engine: Engine, load_s: float, compile_s: float, as_json: bool) -> No
     rate, peak = model.nbytes * engine.steps / seconds["decode"] / 1e9, bench.peak_memory(model.device) / 1e9
     stats = {"decode_tokens_per_sec": decode, "prefill_tokens_per_sec": prefill, "time_to_first_token_s": first}
     stats |= {"load_s": load_s, "compile_s": compile_s, "new_tokens": tokens["new"], "model_bytes": model.nbytes}
-    stats |= {"bandwidth_gb_s": rate, "accept_counts": [], "peak_memory_gb": peak}
+    stats |= {"bandwidth_gb_s": rate, "accept_counts": engine.accept_counts, "peak_memory_gb": peak}
     stats |= {"deterministic": model.ops is BATCH_INVARIANT}
     if as_json:
         print(json.dumps({"stats": stats}), flush=True)
@@ -506,11 +609,12 @@ def main(argv: list[str] | None = None) -> None:
     sizes += [model.config.context] if args.interactive else [len(r.prompt_ids) + r.max_new_tokens for r in requests]
     length = max(sizes, default=1)
     set_up(model, args.compile, args.compile_prefill)
-    start = time.perf_counter()
+    start, propose = time.perf_counter(), load_draft(args, model, tokenizer, length)
+    k = args.speculate_k if propose else 0
+    engine = Engine(model, tokenizer, args.batch_size, length, args.prefill_chunk, propose, k)
     if args.compile or args.compile_prefill or args.deterministic:
-        warm_up(model, args.batch_size, length)
+        warm_up(engine, {1, k + 1})
     compile_s = time.perf_counter() - start
-    engine = Engine(model, tokenizer, args.batch_size, length, args.prefill_chunk)
     with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profile:
         converse(engine, args) if args.interactive else run(engine, requests, scored, args)
     if profile:

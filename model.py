@@ -221,9 +221,9 @@ class Transformer(nn.Module):
         prefixes = [f"model.layers.{i}" for i in range(config.n_layers)]
         self.layers = nn.ModuleList(nn.ModuleList((Attention(self, p), FeedForward(self, p))) for p in prefixes)
         self.norm = RMSNorm(self, {"model.norm.weight": (config.dim,)})
-        self.rope = rope_table(config, config.context).to(device)
+        self.rope = rope_table(config, config.context + 64).to(device)  # drafts may reach beyond the end
         self.mask_mods = {w: causal if w is None else sliding_window(w) for w in set(config.windows)}
-        self.decode_stack = self.prefill_stack = self.stack  # what compiling replaces
+        self.decode_stack = self.verify_stack = self.prefill_stack = self.stack  # what compiling replaces
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         """A cache of at least `length` positions, a whole number of key blocks, zeroed: 0 x NaN would poison a row."""
@@ -237,8 +237,8 @@ class Transformer(nn.Module):
         span = whole_blocks(end) if self.device.type == "cpu" else cache[0][0].shape[2]
         args = (pos_BT, span, (self.config.n_heads, self.config.n_kv_heads), self.dtype)
         masks = {window: self.ops.mask(mask_mod, *args) for window, mask_mod in self.mask_mods.items()}
-        stack = self.decode_stack if decode else self.prefill_stack if tokens_BT.shape[1] > 1 else self.stack
-        return stack(tokens_BT, pos_BT, masks, cache, last)
+        one, several = (self.decode_stack, self.verify_stack) if decode else (self.stack, self.prefill_stack)
+        return (one if tokens_BT.shape[1] == 1 else several)(tokens_BT, pos_BT, masks, cache, last)
 
     def stack(self, tokens_BT: Tensor, pos_BT: Tensor, masks: dict, cache: KVCache, last: bool) -> Tensor:
         """Every layer and the head: all that torch.compile gets to see."""

@@ -70,9 +70,7 @@ def main(own, argv):
     print(f"| batch | prefill of {PROMPT}, tokens/s | first token, s | decode, tokens/s | GB/s | of the limit |")
     print("|---|---|---|---|---|---|")
     for batch_size in batches:
-        if args.compile or args.compile_prefill:
-            generate.warm_up(model, batch_size, CONTEXT + NEW)
-        runs = range(own.runs + 1)  # the first only warms up
+        runs = range(own.runs + 1)  # the first only warms up and compiles
         prefill = [measure(generate, model, batch_size, PROMPT, 1) for _ in runs][1:]
         decode = [measure(generate, model, batch_size, CONTEXT, NEW) for _ in runs][1:]
         prefill, _, _, first = map(statistics.median, zip(*prefill, strict=True))

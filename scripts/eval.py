@@ -21,8 +21,8 @@ def score(engine, ids: list[int], first: int) -> tuple[list[float], bool]:
     logprobs, likeliest = [], []
     for i in range(0, len(ids) - 1, 512):
         targets_T = torch.tensor(ids[i + 1 : i + 513], device=engine.model.device)
-        logits_TV = engine._feed([ids[i : i + len(targets_T)]], [i], slot=0, last=False)[0]
-        logprobs += engine._logprobs(logits_TV, targets_T)
+        logits_TV = engine.feed([ids[i : i + len(targets_T)]], [i], slot=0)[0]
+        logprobs += engine.logprobs(logits_TV, targets_T)
         likeliest += (logits_TV.argmax(-1) == targets_T).tolist()
     return logprobs[first - 1 :], all(likeliest[first - 1 :])
 
