@@ -24,9 +24,9 @@ LENGTHS, NEW, ROOM = (1, 9, 10, 64, 65, 256, 511), 16, 527  # tokens of the prom
 OPTIONS = [{"temperature": 0.0}, {"seed": 7}, {"top_k": 50, "top_p": 0.9}]  # of the requests in turns
 
 
-def complete(model, requests: list[Request], slots: int, chunk: int = 0, room: int = ROOM) -> list[tuple]:
+def complete(model, requests, slots: int, chunk: int = 0, room: int = ROOM, propose=None, k: int = 0) -> list[tuple]:
     """(request id, (tokens, logprobs)) of requests that stream through `slots`, each with `room` tokens of cache."""
-    engine = Engine(model, Tokenizer(None), slots, room, chunk)
+    engine = Engine(model, Tokenizer(None), slots, room, chunk, propose, k)
     return [(c.request.id, (c.tokens, c.logprobs)) for c, _ in engine.generate(requests) if c.finish_reason]
 
 
@@ -46,6 +46,17 @@ def tally(alone: dict, answers: list[tuple]) -> tuple[str, bool]:
     return f"{len(first)} of {len(answers)}" + (f", {min(first)}" if first else ""), bool(first)
 
 
+def half_right(alone: dict):
+    """Drafts that say what came alone, every third token wrong, so that some are accepted and others are not."""
+
+    def propose(slots, sampler, k: int) -> list[list[int]]:
+        texts = [[] if c is None else alone[c.request.id][0][len(c.tokens) :] for c in slots]
+        return [[token ^ (i % 3 == 2) for i, token in enumerate((text + [0] * k)[:k])] for text in texts]
+
+    propose.pays = 0
+    return propose
+
+
 def promises(args: argparse.Namespace, size: int, model, requests: list[Request]):
     """(what varies, how many differ, whether any does) for each row of the table."""
     alone, short = dict(complete(model, requests, 1)), [replace(r, max_new_tokens=2) for r in requests[1:6:2]]
@@ -60,6 +71,8 @@ def promises(args: argparse.Namespace, size: int, model, requests: list[Request]
     chunks = [(requests[: 5 if n < 7 else None], 1, n) for n in (1, 3, 7, 64, 200)]
     yield "C2 prefill in chunks", *run(*chunks)
     yield "C2 rescored by prefill", *scored(rescore(model, texts))
+    drafts = [(requests, slots, 0, ROOM, half_right(alone), k) for slots, k in ((1, 1), (1, 4), (3, 5), (8, 8))]
+    yield "C3 speculation, 1 to 8 drafts", *run(*drafts)
     generate.set_up(model, True, True)
     yield "C5 compiled", *run((requests, 1), (requests, 4))
     model.decode_stack = model.prefill_stack = model.stack

@@ -92,7 +92,7 @@ class SameProcess:
 
 def test_verify_finds_nothing_with_the_flag(config, monkeypatch):
     table = rows(config, monkeypatch, ["--deterministic"])
-    assert len(table) == 8 and not any(differs for _, differs in table.values()), table
+    assert len(table) == 9 and not any(differs for _, differs in table.values()), table
 
 
 def test_verify_finds_a_broken_rule(config, monkeypatch):
