@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import ctypes
-import itertools
 import json
 import os
 import re
@@ -25,6 +24,8 @@ from scripts import bench, download
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "SmolLM2-135M-Instruct"
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WORD = 0xFFFFFFFF
+agreement = lambda a, b: [*map(int.__eq__, a, b), False].index(False)  # how many ids two texts begin with alike
+say = lambda *words, **options: print(*words, file=sys.stderr, flush=True, **options)
 
 
 def mix(x):
@@ -81,6 +82,7 @@ class Request:
     seed: int = 1234
     stop: Sequence[str] = ()
     ignore_eos: bool = False
+    line: dict | None = None  # of --score, to be printed again
 
 
 class Sampler:
@@ -146,7 +148,7 @@ class Tokenizer:
                 self.vocab = lambda: {sp.id_to_piece(i): i for i in range(len(sp))} | special
                 add_bos = self.settings.get("add_bos_token", True) and sp.bos_id() >= 0
                 ids_of = lambda part: [special[part]] if part in special else sp.encode(part)
-                chat = lambda text: [i for part in marks.split(text) for i in ids_of(part)]
+                chat = lambda text: sum(map(ids_of, marks.split(text)), [])
                 # In a plain prompt, what looks like a special token is text.
                 self.encode = lambda text, bos=True: sp.encode(text, add_bos=add_bos) if bos else chat(text)
                 decode = lambda ids: sp.decode([i for i in ids if i < len(sp)])
@@ -204,11 +206,6 @@ class Completion:
         line = {"id": r.id, "sample": r.sample, "prompt": r.prompt, "prompt_ids": r.prompt_ids, "text": self.text}
         line |= {"tokens": self.tokens, "logprobs": self.logprobs, "finish_reason": self.finish_reason}
         return json.dumps(line | {"prompt_tokens": len(r.prompt_ids), "seed": r.seed}, ensure_ascii=False)
-
-
-def agreement(a: Sequence, b: Sequence) -> int:
-    """How many of their first elements are alike."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 class Engine:
@@ -271,33 +268,33 @@ class Engine:
             rows = batch, drafts, drawn_BT.tolist(), self.logprobs(logits_BTV, drawn_BT)
             self.first_token_s = self.first_token_s or time.perf_counter() - began
             self.seconds[phase] += time.perf_counter() - start
-            gain = 0
+            made = []
             for completion, draft, drawn, logprobs in [row for row in zip(*rows, strict=False) if row[0]]:
-                accepted, before = agreement(draft, drawn), len(completion.tokens)
-                for token, logprob in zip(drawn[: accepted + 1], logprobs, strict=False):
+                before = len(completion.tokens)
+                for token, logprob in zip(drawn[: agreement(draft, drawn) + 1], logprobs, strict=False):
                     if not completion.finish_reason:
                         yield completion, completion.push(token, logprob)
-                made, gain = len(completion.tokens) - before, gain + accepted
-                self.tokens["new"] += made
-                self.tokens["decode"] += made if phase == "decode" else 0
-                if T > 1:
-                    self.accept_counts[made - 1] += 1
+                made.append(len(completion.tokens) - before)
+            self.tokens["new"] += sum(made)
+            self.tokens["decode"] += sum(made) if phase == "decode" else 0
             if T > 1:  # after rounds that did not pay, longer and longer pauses
-                self.failed = 0 if gain >= self.propose.pays * sum(map(bool, batch)) else self.failed + 1
+                self.accept_counts = [count + made.count(n) for n, count in enumerate(self.accept_counts, start=1)]
+                self.failed = 0 if sum(made) >= (1 + self.propose.pays) * len(made) else self.failed + 1
                 self.wait = min(2**self.failed // 4, 64)
             slots = [None if c and c.finish_reason else c for c in slots]
 
     @torch.inference_mode()
-    def score(self, prompt_ids: list[int], tokens: list[int]) -> list[float]:
-        """The logprobs of `tokens` after a prompt, by prefill in chunks: whole logits of a long text are gigabytes."""
-        ids, chunk, logprobs, start = prompt_ids + tokens, min(self.chunk, 512), [], time.perf_counter()
+    def score(self, prompt_ids: list[int], tokens: list[int], measure: Callable | None = None) -> list:
+        """The logprobs of `tokens` after a prompt, by prefill in chunks: whole logits of a long text are gigabytes. A
+        `measure` in place of `logprobs` is given fp32 logits [T, V] and tokens [T], and returns a list of T."""
+        ids, chunk, scores, start = prompt_ids + tokens, min(self.chunk, 512), [], time.perf_counter()
         for i in range(0, len(ids) - 1, chunk):
             targets_T = torch.tensor(ids[i + 1 : i + 1 + chunk], device=self.model.device)
             logits_TV = self.feed([ids[i : i + len(targets_T)]], [i], slot=0)[0]
-            logprobs += self.logprobs(logits_TV, targets_T)
+            scores += (measure or self.logprobs)(logits_TV, targets_T)
         self.tokens["prefill"] += len(ids)
         self.seconds["prefill"] += time.perf_counter() - start
-        return logprobs[len(prompt_ids) - 1 :]
+        return scores[len(prompt_ids) - 1 :]
 
 
 class PromptLookup:
@@ -307,16 +304,14 @@ class PromptLookup:
 
     def __call__(self, slots: list[Completion | None], sampler: Sampler, k: int) -> list[list[int]] | None:
         """k tokens for each slot; None where less than half of the completions have any."""
-        drafts, found = [[0] * k for _ in slots], 0
-        for draft, ids in [(draft, c.ids) for draft, c in zip(drafts, slots, strict=True) if c]:
+        drafts = []
+        for ids in [c.ids if c else [] for c in slots]:
             text = "".join(map(chr, ids))  # quick to search
             ends = (text.rfind(text[-n:], 0, -1) + n for n in (4, 3, 2) if text[-n:] in text[:-1])
-            if end := next(ends, None):
-                found += 1
-                for i in range(k):
-                    draft[i] = ids[end + i]
-                    ids.append(draft[i])
-        return drafts if 2 * found >= len(slots) - slots.count(None) else None
+            end = next(ends, len(ids))
+            drafts.append((ids[end : end + k] * k)[:k])  # what was drafted is text as well, so that it comes again
+        asked, found = len(slots) - slots.count(None), sum(map(bool, drafts))
+        return [draft or [0] * k for draft in drafts] if 2 * found >= asked else None
 
 
 class DraftModel:
@@ -343,10 +338,6 @@ class DraftModel:
         drafts = torch.stack(drafts, dim=1).tolist()
         self.read = [ids + draft[:-1] for ids, draft in zip(texts, drafts, strict=True)]
         return drafts
-
-
-def say(*words, **options) -> None:
-    print(*words, file=sys.stderr, flush=True, **options)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -423,20 +414,6 @@ def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
     return model, tokenizer
 
 
-def load_draft(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, length: int) -> Callable | None:
-    """What drafts, by the flags; raises InputError for a model of another vocabulary."""
-    if not (directory := args.draft_checkpoint_path):
-        return PromptLookup() if args.prompt_lookup else None
-    other = {"checkpoint_path": directory, "random_weights": None}
-    draft, words = load(argparse.Namespace(**vars(args) | other))
-    if words.vocab() != tokenizer.vocab() or draft.config.vocab_size != model.config.vocab_size:
-        refuse(f"--draft_checkpoint_path {directory} has another vocabulary than the model, expected the same")
-    set_up(draft, args.compile, args.compile_prefill)
-    engine = Engine(draft, words, args.batch_size, length, args.prefill_chunk, k=args.speculate_k)
-    warm_up(engine, (1, 2))
-    return DraftModel(engine, args.speculate_k)
-
-
 def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> None:
     """Make every global setting, after loading."""
     if sys.platform == "linux" and model.device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -452,40 +429,27 @@ def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> N
         model.decode_stack, model.verify_stack = (torch.compile(model.stack, options=options, **kept) for _ in range(2))
 
 
-@torch.inference_mode()
-def warm_up(engine: Engine, widths: Sequence[int]) -> None:
-    """Run graphs and probes before the clock, for so many tokens a row; as often as CUDA graphs need to be recorded."""
-    engine.prefill([0] * 5, 0)
-    for width in widths:
-        for _ in range(3):
-            engine.feed([[0] * width] * engine.batch_size, [0] * engine.batch_size)
-
-
-def read_lines(flag: str, path: Path) -> list[tuple[str, str]]:
-    """(its place, a line) for each line of a text that is not blank; -: standard input. Raises InputError."""
-    with refusing(f"{flag} {path} cannot be read", OSError, ValueError):
-        text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode()
-    lines = [(f"{flag} {path}, line {i} is refused", line) for i, line in enumerate(text.split("\n"), start=1)]
-    return [(place, line) for place, line in lines if line.strip()] or refuse(f"{flag} {path} is empty")
-
-
-def read_prompts(args: argparse.Namespace) -> list[dict]:
-    """The prompts of the file or the flags, as dicts of id, prompt and what a line may set: seed, max_new_tokens."""
-    if not (path := args.prompts_file):
-        texts = args.prompt or ["128" if args.random_weights else "Hello, my name is"]
-        return [{"id": i, "prompt": text} for i, text in enumerate(texts)]
-    lines = read_lines("--prompts_file", path)
-    is_json = path.suffix == ".jsonl" or (str(path) == "-" and lines[0][1].lstrip().startswith('{"'))
-    kinds, prompts = {"prompt": [str], "id": [str, int], "seed": [int], "max_new_tokens": [int]}, {}
-    for place, line in lines:
-        with refusing(place, ValueError, TypeError, KeyError):
-            given = {"id": len(prompts)} | (json.loads(line) if is_json else {"prompt": line.removesuffix("\r")})
-            entry = {name: given[name] for name in kinds if name in given or name == "prompt"}
-            kind_is_wrong = any(type(value) not in kinds[name] for name, value in entry.items())
-            if kind_is_wrong or entry.get("max_new_tokens", 1) < 1 or entry["id"] in prompts:
-                refuse("expected a text as prompt, an id of its own, integers as seed and max_new_tokens")
-            prompts[entry["id"]] = entry
-    return list(prompts.values())
+def build(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, length: int, k: int = 0) -> Engine:
+    """An engine and what drafts, by the flags; graphs and probes run before the clock, as often as CUDA graphs need to
+    be recorded. Raises InputError for a draft model of another vocabulary."""
+    propose = PromptLookup() if args.prompt_lookup else None
+    if directory := args.draft_checkpoint_path:
+        changed = {"checkpoint_path": directory, "random_weights": None, "draft_checkpoint_path": None}
+        other = argparse.Namespace(**vars(args) | changed)
+        draft, words = load(other)
+        if words.vocab() != tokenizer.vocab() or draft.config.vocab_size != model.config.vocab_size:
+            refuse(f"--draft_checkpoint_path {directory} has another vocabulary than the model, expected the same")
+        # It is fed at most two tokens a row, as where there is one draft.
+        propose = DraftModel(build(other, draft, words, length + args.speculate_k, k=1), args.speculate_k)
+    set_up(model, args.compile, args.compile_prefill)
+    k = args.speculate_k if propose else k
+    engine = Engine(model, tokenizer, args.batch_size, length, args.prefill_chunk, propose, k)
+    if args.compile or args.compile_prefill or args.deterministic:
+        with torch.inference_mode():
+            engine.prefill([0] * 5, 0)
+            for width in sorted({1, k + 1}) * 3:
+                engine.feed([[0] * width] * args.batch_size, [0] * args.batch_size)
+    return engine
 
 
 def make_requests(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, entry: dict) -> list[Request]:
@@ -510,9 +474,42 @@ def make_requests(args: argparse.Namespace, config: ModelConfig, tokenizer: Toke
     return [Request(sample=i, **settings) for i in range(args.num_samples)]
 
 
-def resume(path: Path) -> set[tuple]:
-    """(id, sample) of each completion in an --output file, whose torn last line, if it has one, is cut off."""
-    *lines, torn = (path.read_bytes() if path.exists() else b"").split(b"\n")
+def read_requests(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer) -> list[Request]:
+    """For each --prompt, or each line of --prompts_file or --score (-: standard input) that is neither blank nor stats.
+    Raises InputError that names the line."""
+    lines, is_json = enumerate(args.prompt or ["128" if args.random_weights else "Hello, my name is"]), False
+    flag, path = ("--score", args.score) if args.score else ("--prompts_file", args.prompts_file)
+    if path:
+        with refusing(f"{flag} {path} cannot be read", OSError, ValueError):
+            text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode()
+        lines = [(i, line.removesuffix("\r")) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        is_json = args.score or path.suffix == ".jsonl" or (str(path) == "-" and text.lstrip().startswith('{"'))
+    kinds, prompts, scored = {"prompt": [str], "id": [str, int], "seed": [int], "max_new_tokens": [int]}, {}, []
+    for i, line in lines or refuse(f"{flag} {path} is empty"):
+        with refusing(f"{flag} {path}, line {i} is refused", ValueError, TypeError, KeyError):
+            given = json.loads(line) if is_json else {"prompt": line}
+            if not args.score:
+                entry = {"id": len(prompts)} | {
+                    name: given[name] for name in kinds if name in given or name == "prompt"
+                }
+                kind_is_wrong = any(type(value) not in kinds[name] for name, value in entry.items())
+                if kind_is_wrong or entry.get("max_new_tokens", 1) < 1 or entry["id"] in prompts:
+                    refuse("expected a text as prompt, an id of its own, integers as seed and max_new_tokens")
+                prompts[entry["id"]] = entry
+            elif "stats" not in given:
+                ids, tokens, size = given["prompt_ids"], given["tokens"], config.vocab_size
+                known = all(type(x) is int and 0 <= x < size for x in ids + tokens)
+                if not (known and ids and len(ids + tokens) <= config.context):
+                    refuse(f"expected 1 to {config.context} ids from 0 to {size - 1}, the first of them prompt_ids")
+                scored.append(Request(given.get("id"), "", ids, given.get("sample"), len(tokens), line=given))
+    if args.score:
+        return scored or refuse(f"--score {path} has no completion")
+    return [request for entry in prompts.values() for request in make_requests(args, config, tokenizer, entry)]
+
+
+def resume(path: Path | None, requests: list[Request]) -> list[Request]:
+    """Those of which an --output file has no completion; a torn last line of the file is cut off."""
+    *lines, torn = (path.read_bytes() if path and path.exists() else b"").split(b"\n")
     foreign = f"--output {path} holds something else than completions, which would be lost"
     with refusing(foreign, ValueError, KeyError, TypeError):
         done = {(entry["id"], entry["sample"]) for entry in map(json.loads, lines) if "stats" not in entry}
@@ -520,51 +517,37 @@ def resume(path: Path) -> set[tuple]:
             refuse("its last line")
     if torn:
         os.truncate(path, path.stat().st_size - len(torn))
-    return done
+    return [r for r in requests if (r.id, r.sample) not in done]
 
 
 def report(engine: Engine, load_s: float, compile_s: float, as_json: bool) -> None:
     """The stats line, and the same for a person."""
-    model, tokens, first = engine.model, engine.tokens, engine.first_token_s
+    model, tokens = engine.model, engine.tokens
     seconds = {phase: spent or 1 for phase, spent in engine.seconds.items()}  # the speed of nothing is 0
     decode, prefill = (tokens[phase] / seconds[phase] for phase in ("decode", "prefill"))
-    rate, peak = model.nbytes * engine.steps / seconds["decode"] / 1e9, bench.peak_memory(model.device) / 1e9
+    new, first, rate = tokens["new"], engine.first_token_s, model.nbytes * engine.steps / seconds["decode"] / 1e9
     stats = {"decode_tokens_per_sec": decode, "prefill_tokens_per_sec": prefill, "time_to_first_token_s": first}
-    stats |= {"load_s": load_s, "compile_s": compile_s, "new_tokens": tokens["new"], "model_bytes": model.nbytes}
-    stats |= {"bandwidth_gb_s": rate, "accept_counts": engine.accept_counts, "peak_memory_gb": peak}
-    stats |= {"deterministic": model.ops is BATCH_INVARIANT}
+    stats |= {"load_s": load_s, "compile_s": compile_s, "new_tokens": new, "model_bytes": model.nbytes}
+    stats |= {"bandwidth_gb_s": rate, "accept_counts": engine.accept_counts}
+    stats |= {"peak_memory_gb": bench.peak_memory(model.device) / 1e9, "deterministic": model.ops is BATCH_INVARIANT}
     if as_json:
         print(json.dumps({"stats": stats}), flush=True)
     limit = bench.read_bandwidth(model.device) / 1e9  # only now: it takes memory
     speeds = f"decode {decode:.1f} tokens/s, prefill {prefill:.0f} tokens/s, first token after {first:.2f} s"
-    say(f"{tokens['new']} tokens: {speeds}")
+    say(f"{new} tokens: {speeds}")
     share = f"{rate:.1f} GB/s, {rate / limit:.0%} of the {limit:.0f} GB/s that this machine reads"
     say(f"load {load_s:.1f} s, compile {compile_s:.1f} s, weights {model.nbytes / 1e9:.2f} GB at {share}")
 
 
-def read_completions(path: Path, config: ModelConfig) -> list[dict]:
-    """The completions of a .jsonl file, its stats line left out, checked against the model; raises InputError."""
-    entries = []
-    for place, line in read_lines("--score", path):
-        with refusing(place, ValueError, TypeError, KeyError):
-            if "stats" not in (entry := json.loads(line)):
-                ids, most = entry["prompt_ids"] + entry["tokens"], config.context
-                known = all(type(x) is int and 0 <= x < config.vocab_size for x in ids)
-                if not (known and entry["prompt_ids"] and len(ids) <= most):
-                    refuse(f"expected 1 to {most} ids from 0 to {config.vocab_size - 1}, the first of them prompt_ids")
-                entries.append(entry)
-    return entries or refuse(f"--score {path} has no completion")
-
-
-def run(engine: Engine, requests: list[Request], scored: list[dict], args: argparse.Namespace) -> None:
+def run(engine: Engine, requests: list[Request], args: argparse.Namespace) -> None:
     """Print completions as they come, or those read, with logprobs by prefill; each is appended to --output."""
     streaming, end = engine.batch_size == 1 and not args.json, "\n\n"[: len(requests)]
     with open(args.output or os.devnull, "a", encoding="utf-8") as file:
-        for entry in scored:
-            line = entry | {"logprobs": engine.score(entry["prompt_ids"], entry["tokens"])}
+        for request in requests if args.score else []:
+            line = request.line | {"logprobs": engine.score(request.prompt_ids, request.line["tokens"])}
             for out in (file, sys.stdout):
                 print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
-        for completion, text in engine.generate(requests):
+        for completion, text in engine.generate([] if args.score else requests):
             done, lead = completion.finish_reason, "" if args.chat else completion.request.prompt
             if done:
                 print(completion.json(), file=file, flush=True)
@@ -599,26 +582,16 @@ def main(argv: list[str] | None = None) -> None:
     args, start = parse_args(argv), time.perf_counter()
     model, tokenizer = load(args)
     load_s = time.perf_counter() - start
-    requests, scored = [], read_completions(args.score, model.config) if args.score else []
-    for entry in [] if args.interactive or args.score else read_prompts(args):
-        requests += make_requests(args, model.config, tokenizer, entry)
-    done = resume(args.output) if args.output else set()
-    requests = [r for r in requests if (r.id, r.sample) not in done]
-    scored = [entry for entry in scored if (entry.get("id"), entry.get("sample")) not in done]
-    sizes = [len(entry["prompt_ids"] + entry["tokens"]) for entry in scored]
-    sizes += [model.config.context] if args.interactive else [len(r.prompt_ids) + r.max_new_tokens for r in requests]
-    length = max(sizes, default=1)
-    set_up(model, args.compile, args.compile_prefill)
-    start, propose = time.perf_counter(), load_draft(args, model, tokenizer, length)
-    k = args.speculate_k if propose else 0
-    engine = Engine(model, tokenizer, args.batch_size, length, args.prefill_chunk, propose, k)
-    if args.compile or args.compile_prefill or args.deterministic:
-        warm_up(engine, {1, k + 1})
+    requests = [] if args.interactive else read_requests(args, model.config, tokenizer)
+    requests = resume(args.output, requests)
+    sizes = [len(r.prompt_ids) + r.max_new_tokens for r in requests]
+    length = model.config.context if args.interactive else max(sizes, default=1)
+    start = time.perf_counter()
+    engine = build(args, model, tokenizer, length)
     compile_s = time.perf_counter() - start
-    with torch.profiler.profile() if args.profile else contextlib.nullcontext() as profile:
-        converse(engine, args) if args.interactive else run(engine, requests, scored, args)
-    if profile:
-        profile.export_chrome_trace(args.profile)
+    trace = torch.profiler.profile(on_trace_ready=lambda profile: profile.export_chrome_trace(args.profile))
+    with trace if args.profile else contextlib.nullcontext():
+        converse(engine, args) if args.interactive else run(engine, requests, args)
     if not args.interactive:
         report(engine, load_s, compile_s, args.json)
 
