@@ -25,6 +25,7 @@ DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "SmolLM2-135M-Instr
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WORD = 0xFFFFFFFF
 agreement = lambda a, b: [*map(int.__eq__, a, b), False].index(False)  # how many ids two texts begin with alike
+message = lambda role, text: {"role": role, "content": text}
 say = lambda *words, **options: print(*words, file=sys.stderr, flush=True, **options)
 
 
@@ -62,8 +63,7 @@ def top(logits_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values = values.gather(1, ids)
     bits = values.view(torch.int32)
     packed = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32 | (WORD - ids)
-    packed = packed.amax(-1, keepdim=True) if k == 1 else packed.topk(min(k, V)).values
-    ids = WORD - (packed & WORD)
+    ids = WORD - (packed.topk(min(k, V)).values & WORD)
     return logits_BV.gather(-1, ids), ids
 
 
@@ -172,17 +172,15 @@ class Completion:
     """A request and what came of it so far; `finish_reason` is None while it runs."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer):
-        self.request, self.tokenizer, self.tokens, self.logprobs = request, tokenizer, [], []
+        self.request, self.tokenizer = request, tokenizer
+        self.ids, self.tokens, self.logprobs = list(request.prompt_ids), [], []
         self.finish_reason = None if request.max_new_tokens else "length"  # the prompt fills the context
         # `shown` characters of the text have been returned, and it ends with the text of tokens[base:read].
         self.text, self.shown, self.base, self.read = "", 0, 0, 0
 
-    @property
-    def ids(self) -> list[int]:
-        return self.request.prompt_ids + self.tokens
-
     def push(self, token: int, logprob: float) -> str:
         """Add a drawn token; returns the text that became certain: no half characters, nothing of a stop string."""
+        self.ids.append(token)
         self.tokens.append(token)
         self.logprobs.append(logprob)
         stop, full = self.request.stop, len(self.tokens) >= self.request.max_new_tokens
@@ -263,8 +261,7 @@ class Engine:
                 self.steps, self.wait = self.steps + 1, max(self.wait - 1, 0)
             T = logits_BTV.shape[1]
             pos_N = [(len(c.ids) if c else 1) + t for c in batch for t in range(T)]
-            tokens_N = sampler(logits_BTV.flatten(0, 1), torch.tensor(pos_N, device=self.model.device))
-            drawn_BT = tokens_N.view(-1, T)
+            drawn_BT = sampler(logits_BTV.flatten(0, 1), torch.tensor(pos_N, device=self.model.device)).view(-1, T)
             rows = batch, drafts, drawn_BT.tolist(), self.logprobs(logits_BTV, drawn_BT)
             self.first_token_s = self.first_token_s or time.perf_counter() - began
             self.seconds[phase] += time.perf_counter() - start
@@ -297,21 +294,19 @@ class Engine:
         return scores[len(prompt_ids) - 1 :]
 
 
-class PromptLookup:
-    """Drafts without a model (prompt lookup, Saxena 2023): what followed the last tokens where they stood before."""
+def prompt_lookup(slots: list[Completion | None], sampler: Sampler, k: int) -> list[list[int]] | None:
+    """Drafts without a model (prompt lookup, Saxena 2023): what followed the last tokens where they stood before. k
+    tokens for each slot; None where less than half of the completions have any."""
+    drafts = []
+    for ids in [c.ids if c else [] for c in slots]:
+        text = "".join(map(chr, ids))  # quick to search
+        ends = (text.rfind(text[-n:], 0, -1) + n for n in (4, 3, 2) if text[-n:] in text[:-1])
+        end = next(ends, len(ids))
+        drafts.append((ids[end : end + k] * k)[:k])  # what was drafted is text as well, so that it comes again
+    return [draft or [0] * k for draft in drafts] if 2 * sum(map(bool, drafts)) >= sum(map(bool, slots)) else None
 
-    pays = 1  # accepted drafts a completion, from which on a round is worth its time
 
-    def __call__(self, slots: list[Completion | None], sampler: Sampler, k: int) -> list[list[int]] | None:
-        """k tokens for each slot; None where less than half of the completions have any."""
-        drafts = []
-        for ids in [c.ids if c else [] for c in slots]:
-            text = "".join(map(chr, ids))  # quick to search
-            ends = (text.rfind(text[-n:], 0, -1) + n for n in (4, 3, 2) if text[-n:] in text[:-1])
-            end = next(ends, len(ids))
-            drafts.append((ids[end : end + k] * k)[:k])  # what was drafted is text as well, so that it comes again
-        asked, found = len(slots) - slots.count(None), sum(map(bool, drafts))
-        return [draft or [0] * k for draft in drafts] if 2 * found >= asked else None
+prompt_lookup.pays = 1  # accepted drafts a completion, from which on a round is worth its time
 
 
 class DraftModel:
@@ -321,7 +316,7 @@ class DraftModel:
         self.engine, self.pays, self.read = engine, k / 2, [[]] * engine.batch_size
 
     def __call__(self, slots, sampler, k):
-        """As PromptLookup; None where a text outgrows the context of the smaller model."""
+        """As prompt_lookup; None where a text outgrows the context of the smaller model."""
         engine, texts = self.engine, [c.ids if c else [0, 0] for c in slots]
         if max(map(len, texts)) + k > engine.model.config.context:
             return None
@@ -380,17 +375,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for flag, (low, high) in ranges.items():
         if not low <= (value := getattr(args, flag)) <= high:
             refuse(f"--{flag} {value} is out of range, expected {low} to {high:g}")
-    rivals = ["score interactive prompts_file prompt", "random_weights checkpoint_path", "random_weights chat"]
-    rivals += ["draft_checkpoint_path prompt_lookup"]
-    rivals += [f"interactive {flag}" for flag in ("random_weights", "json", "output")]
-    for given in [[flag for flag in row.split() if getattr(args, flag)] for row in rivals]:
-        if len(given) > 1:
-            refuse(f"--{given[0]} excludes --{given[1]}")
+    rivals = ["score interactive prompts_file prompt", "random_weights checkpoint_path chat", "prompts_file prompt"]
+    rivals += ["draft_checkpoint_path prompt_lookup", "interactive prompts_file prompt random_weights json output"]
+    for flag, *others in map(str.split, rivals):
+        if getattr(args, flag) and (given := [other for other in others if getattr(args, other)]):
+            refuse(f"--{flag} excludes --{given[0]}")
     if args.system is not None and not (args.chat or args.interactive):
         refuse("--system needs --chat or --interactive")
     if args.top_p == 0 or "" in args.stop:
         refuse("expected --top_p above 0 and some text after --stop")
-    args.opening = [] if args.system is None else [{"role": "system", "content": args.system}]
+    args.system = [] if args.system is None else [message("system", args.system)]
     return args
 
 
@@ -432,10 +426,9 @@ def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> N
 def build(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, length: int, k: int = 0) -> Engine:
     """An engine and what drafts, by the flags; graphs and probes run before the clock, as often as CUDA graphs need to
     be recorded. Raises InputError for a draft model of another vocabulary."""
-    propose = PromptLookup() if args.prompt_lookup else None
-    if directory := args.draft_checkpoint_path:
-        changed = {"checkpoint_path": directory, "random_weights": None, "draft_checkpoint_path": None}
-        other = argparse.Namespace(**vars(args) | changed)
+    propose = prompt_lookup if args.prompt_lookup else None
+    if (directory := args.draft_checkpoint_path) and not k:  # a draft model has no other one
+        other = argparse.Namespace(**vars(args) | {"checkpoint_path": directory, "random_weights": None})
         draft, words = load(other)
         if words.vocab() != tokenizer.vocab() or draft.config.vocab_size != model.config.vocab_size:
             refuse(f"--draft_checkpoint_path {directory} has another vocabulary than the model, expected the same")
@@ -461,8 +454,7 @@ def make_requests(args: argparse.Namespace, config: ModelConfig, tokenizer: Toke
         generator, size = torch.Generator().manual_seed(args.seed & WORD), min(int(text[:18]), config.context + 1)
         ids = torch.randint(config.vocab_size, (size,), generator=generator).tolist()
     elif ids is None:
-        chat = args.opening + [{"role": "user", "content": text}]
-        ids = tokenizer.encode_chat(chat) if args.chat else tokenizer.encode(text)
+        ids = tokenizer.encode_chat(args.system + [message("user", text)]) if args.chat else tokenizer.encode(text)
     room = config.context - len(ids)
     if not ids or room < 0 or max(ids) >= config.vocab_size:
         expected = f"1 to {config.context} tokens (the model's context) with ids below {config.vocab_size}"
@@ -489,9 +481,7 @@ def read_requests(args: argparse.Namespace, config: ModelConfig, tokenizer: Toke
         with refusing(f"{flag} {path}, line {i} is refused", ValueError, TypeError, KeyError):
             given = json.loads(line) if is_json else {"prompt": line}
             if not args.score:
-                entry = {"id": len(prompts)} | {
-                    name: given[name] for name in kinds if name in given or name == "prompt"
-                }
+                entry = {"id": len(prompts)} | {key: given[key] for key in kinds if key in given or key == "prompt"}
                 kind_is_wrong = any(type(value) not in kinds[name] for name, value in entry.items())
                 if kind_is_wrong or entry.get("max_new_tokens", 1) < 1 or entry["id"] in prompts:
                     refuse("expected a text as prompt, an id of its own, integers as seed and max_new_tokens")
@@ -513,8 +503,7 @@ def resume(path: Path | None, requests: list[Request]) -> list[Request]:
     foreign = f"--output {path} holds something else than completions, which would be lost"
     with refusing(foreign, ValueError, KeyError, TypeError):
         done = {(entry["id"], entry["sample"]) for entry in map(json.loads, lines) if "stats" not in entry}
-        if not b'{"id": '.startswith(torn[:7]):
-            refuse("its last line")
+        b'{"id": '.startswith(torn[:7]) or refuse("its last line")
     if torn:
         os.truncate(path, path.stat().st_size - len(torn))
     return [r for r in requests if (r.id, r.sample) not in done]
@@ -522,10 +511,9 @@ def resume(path: Path | None, requests: list[Request]) -> list[Request]:
 
 def report(engine: Engine, load_s: float, compile_s: float, as_json: bool) -> None:
     """The stats line, and the same for a person."""
-    model, tokens = engine.model, engine.tokens
-    seconds = {phase: spent or 1 for phase, spent in engine.seconds.items()}  # the speed of nothing is 0
-    decode, prefill = (tokens[phase] / seconds[phase] for phase in ("decode", "prefill"))
-    new, first, rate = tokens["new"], engine.first_token_s, model.nbytes * engine.steps / seconds["decode"] / 1e9
+    model, tokens, seconds = engine.model, engine.tokens, engine.seconds
+    decode, prefill = (tokens[phase] / (seconds[phase] or 1) for phase in ("decode", "prefill"))  # of nothing: 0
+    new, first, rate = tokens["new"], engine.first_token_s, model.nbytes * engine.steps / (seconds["decode"] or 1) / 1e9
     stats = {"decode_tokens_per_sec": decode, "prefill_tokens_per_sec": prefill, "time_to_first_token_s": first}
     stats |= {"load_s": load_s, "compile_s": compile_s, "new_tokens": new, "model_bytes": model.nbytes}
     stats |= {"bandwidth_gb_s": rate, "accept_counts": engine.accept_counts}
@@ -533,8 +521,7 @@ def report(engine: Engine, load_s: float, compile_s: float, as_json: bool) -> No
     if as_json:
         print(json.dumps({"stats": stats}), flush=True)
     limit = bench.read_bandwidth(model.device) / 1e9  # only now: it takes memory
-    speeds = f"decode {decode:.1f} tokens/s, prefill {prefill:.0f} tokens/s, first token after {first:.2f} s"
-    say(f"{new} tokens: {speeds}")
+    say(f"{new} tokens: decode {decode:.1f} tokens/s, prefill {prefill:.0f} tokens/s, first token after {first:.2f} s")
     share = f"{rate:.1f} GB/s, {rate / limit:.0%} of the {limit:.0f} GB/s that this machine reads"
     say(f"load {load_s:.1f} s, compile {compile_s:.1f} s, weights {model.nbytes / 1e9:.2f} GB at {share}")
 
@@ -559,13 +546,13 @@ def run(engine: Engine, requests: list[Request], args: argparse.Namespace) -> No
 
 def converse(engine: Engine, args: argparse.Namespace) -> None:
     """A conversation in the terminal; Ctrl-C stops an answer, /clear forgets, /exit or the end of input leaves."""
-    history, config, tokenizer = args.opening, engine.model.config, engine.tokenizer
+    history, config, tokenizer = args.system, engine.model.config, engine.tokenizer
     with contextlib.suppress(EOFError):
         while (line := input("> " if sys.stdin.isatty() else "").strip()) != "/exit":
-            history = args.opening if line == "/clear" else history
+            history = args.system if line == "/clear" else history
             if line in ("", "/clear"):
                 continue
-            turns, answer = history + [{"role": "user", "content": line}], ""
+            turns, answer = history + [message("user", line)], ""
             with contextlib.suppress(KeyboardInterrupt):
                 entry = {"id": "conversation", "prompt": line, "prompt_ids": tokenizer.encode_chat(turns)}
                 if (n := len(entry["prompt_ids"])) > config.context:  # no reason to lose the conversation
@@ -575,15 +562,14 @@ def converse(engine: Engine, args: argparse.Namespace) -> None:
                     answer += text
                     print(text, end="", flush=True)
             print(flush=True)
-            history = turns + [{"role": "assistant", "content": answer}]
+            history = turns + [message("assistant", answer)]
 
 
 def main(argv: list[str] | None = None) -> None:
     args, start = parse_args(argv), time.perf_counter()
     model, tokenizer = load(args)
     load_s = time.perf_counter() - start
-    requests = [] if args.interactive else read_requests(args, model.config, tokenizer)
-    requests = resume(args.output, requests)
+    requests = resume(args.output, [] if args.interactive else read_requests(args, model.config, tokenizer))
     sizes = [len(r.prompt_ids) + r.max_new_tokens for r in requests]
     length = model.config.context if args.interactive else max(sizes, default=1)
     start = time.perf_counter()

@@ -504,6 +504,16 @@ def test_logprobs_are_raw(tiny):
     assert torch.allclose(torch.tensor(completion.logprobs, dtype=torch.float64), want, atol=1e-4)
 
 
+def test_score_by_another_measure(tiny):
+    """Whether each token is the likeliest, in pieces of three: of a greedy text each is, and a changed one is not."""
+    engine, request = Engine(*tiny, 1, 64, 3), Request(0, "", random_ids(11, 3), max_new_tokens=20, temperature=0.0)
+    tokens = complete(engine, [request])[0, 0].tokens
+    likeliest = lambda logits_TV, ids_T: (logits_TV.argmax(-1) == ids_T).tolist()
+    assert engine.score(request.prompt_ids, tokens, likeliest) == [True] * len(tokens)
+    other = [*tokens[:-1], (tokens[-1] + 1) % 300]
+    assert engine.score(request.prompt_ids, other, likeliest) == [True] * (len(tokens) - 1) + [False]
+
+
 def test_eos_stops(tiny_dir, tmp_path):
     """Every end id of generation_config.json ends a text, is kept in tokens, and its text is not there; ignore_eos
     goes on."""

@@ -11,7 +11,7 @@ from test_deterministic import BF16, CPU, FP32, build, randn
 from test_generate import fits, load, needs_compiler, write_checkpoint
 
 import generate
-from generate import DraftModel, Engine, PromptLookup, Request, Tokenizer
+from generate import DraftModel, Engine, Request, Tokenizer, prompt_lookup
 from kernels import BATCH_INVARIANT, FAST
 from model import Transformer
 
@@ -33,7 +33,7 @@ def blurred(model, seed=1, much=0.02):
 def speculating(model, kind, slots, k, chunk=0, room=ROOM, draft=None):
     """An engine whose drafts come by prompt lookup, or by a draft model, `model` itself where none is given."""
     if kind == "lookup":
-        propose = PromptLookup()
+        propose = prompt_lookup
     else:
         propose = DraftModel(Engine(draft or model, Tokenizer(None), slots, room, chunk, k=k), k)
     return Engine(model, Tokenizer(None), slots, room, chunk, propose, k)
@@ -206,7 +206,7 @@ def test_wrong_accept_rule_fails(monkeypatch):
 
 
 class Text:
-    """What PromptLookup reads of a completion."""
+    """What prompt_lookup reads of a completion."""
 
     def __init__(self, *ids):
         self.ids = list(ids)
@@ -228,14 +228,14 @@ class Text:
 )
 def test_lookup(ids, drafts):
     text = Text(*ids)
-    assert PromptLookup()([text], None, 4) == (drafts and [drafts])
+    assert prompt_lookup([text], None, 4) == (drafts and [drafts])
     assert text.ids[len(ids) :] in ([], drafts)
 
 
 def test_lookup_needs_half_of_the_batch():
     found, none = Text(1, 2, 3, 1, 2), Text(1, 2, 3, 4)
-    assert PromptLookup()([found, none, None], None, 2) == [[3, 1], [0, 0], [0, 0]]
-    assert PromptLookup()([found, none, none, None], None, 2) is None
+    assert prompt_lookup([found, none, None], None, 2) == [[3, 1], [0, 0], [0, 0]]
+    assert prompt_lookup([found, none, none, None], None, 2) is None
 
 
 def test_pauses_where_drafts_do_not_pay(tmp_path):
