@@ -103,8 +103,7 @@ class Sampler:
         values, ids = top(logits_NV, self.k)
         if self.k == 1:
             return ids[:, 0]
-        T = len(pos_N) // len(self.rows[0])
-        temperature_N1, top_k_N1, top_p_N1, key_N2 = (x.repeat_interleave(T, dim=0) for x in self.rows)
+        temperature_N1, top_k_N1, top_p_N1, key_N2 = (x.repeat_interleave(len(pos_N) // len(x), 0) for x in self.rows)
         scaled = (values - values[:, :1]) / temperature_N1
         keep = torch.arange(ids.shape[1], device=ids.device) < top_k_N1
         if self.nucleus:
