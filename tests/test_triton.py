@@ -261,19 +261,17 @@ def test_another_split_size_changes_bits(monkeypatch):
 
 def test_both_ways_through_attention_were_taken(monkeypatch):
     taken, kernel = [], kernels.triton_kernels()
-    spy = SimpleNamespace(**vars(kernel) | {"combine": {}})
 
-    class Combine:
+    class Attention:
         def __getitem__(self, grid):
             taken.append(grid)
-            return kernel.combine[grid]
+            return kernel.attention[grid]
 
-    spy.combine = Combine()
-    monkeypatch.setattr(kernels, "triton_kernels", lambda: spy)
+    monkeypatch.setattr(kernels, "triton_kernels", lambda: SimpleNamespace(attention=Attention()))
     run(attention_case([958], 72, 1, 3, 16, 1088))
-    assert not taken
+    assert taken == [(4, 1, 1)]
     run(attention_case([958], 9, 1, 3, 16, 1088))
-    assert taken == [(27,)]
+    assert taken[1:] == [(1, 1, 3), (1, 1, 1)]
 
 
 def test_on_a_gpu_only_windows_can_be_masks():
