@@ -419,13 +419,6 @@ def triton_kernels() -> SimpleNamespace:
         else:
             tl.store(y + row[:, None] * D + d, (acc / total[:, None]).to(y.dtype.element_ty), mask=real)
 
-    @triton.jit(do_not_specialize=["x"])
-    def rms_norm(x, weight, y, n, eps, BLOCK: tl.constexpr):
-        at, j = tl.program_id(0).to(tl.int64) * n, tl.arange(0, BLOCK)
-        row = tl.load(x + at + j, mask=j < n, other=0).to(tl.float32)
-        row = row / tl.sqrt(tl.sum(row * row, 0) / n + eps) * tl.load(weight + j, mask=j < n, other=0)
-        tl.store(y + at + j, row.to(y.dtype.element_ty), mask=j < n)
-
     return SimpleNamespace(**locals())
 
 
@@ -484,15 +477,14 @@ def triton_attention(q, k, v, k_cache, v_cache, pos, window, scale):
     return y
 
 
-@opaque("triton_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, *others: x.new_empty(x.shape))
-def triton_rms_norm(x, weight, eps):
-    x, y, n = x.contiguous(), x.new_empty(x.shape), x.shape[-1]
-    triton_kernels().rms_norm[(x.numel() // n,)](x, weight, y, n, eps, 1 << (n - 1).bit_length())
-    return y
+@opaque("gpu_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, *others: x.new_empty(x.shape))
+def gpu_rms_norm(x, weight, eps):
+    """In fp32, where PyTorch's own kernel is called, which gives each row a block of threads to itself."""
+    return F.rms_norm(x.float().contiguous(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
-@opaque("triton_log_softmax(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape, dtype=torch.float32))
-def triton_log_softmax(x):
+@opaque("gpu_log_softmax(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape, dtype=torch.float32))
+def gpu_log_softmax(x):
     """Summed by halves, in additions of torch's without an order: once a token, it needs no kernel of its own."""
     x = x.float() - x.amax(-1, keepdim=True)
     total = F.pad(x.exp(), (0, (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]))
@@ -504,10 +496,10 @@ def triton_log_softmax(x):
 BATCH_INVARIANT = Ops(
     pack=lambda weight, *args: (TritonPacked if weight.is_cuda else LeafPacked)(weight, *args),
     linear=linear,
-    rms_norm=lambda x, w, eps: triton_rms_norm(x, w, eps) if x.is_cuda else x / root_mean_square(x, eps) * w,
+    rms_norm=lambda x, w, eps: gpu_rms_norm(x, w, eps) if x.is_cuda else x / root_mean_square(x, eps) * w,
     silu_mul=silu_mul,
     mask=window_mask,
     attention=lambda q, *args: (triton_attention if q.is_cuda else invariant_attention)(q, *args),
-    log_softmax=lambda logits: (triton_log_softmax if logits.is_cuda else FAST.log_softmax)(logits),
+    log_softmax=lambda logits: (gpu_log_softmax if logits.is_cuda else FAST.log_softmax)(logits),
     compile_options={"emulate_precision_casts": True},
 )
