@@ -346,9 +346,9 @@ def invariant_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
 # neither the shape of a tile nor its warps. FMA contraction is off, as it may differ between kernels.
 @functools.cache
 def triton_kernels() -> SimpleNamespace:
-    """Triton, imported when a GPU asks. What a kernel calls is global, where the interpreter finds it. What varies from
-    call to call is not specialized: another kernel may have another layout, in which sums have another order."""
-    global tl, merge
+    """Triton, imported when a GPU asks; global, where the interpreter finds it. What varies from call to call is not
+    specialized: another kernel may have another layout, in which sums have another order."""
+    global tl
     import triton
     import triton.language as tl
 
@@ -373,18 +373,12 @@ def triton_kernels() -> SimpleNamespace:
         y += tl.program_id(2).to(tl.int64) * M * N
         tl.store(y + m * N + n, acc.to(y.dtype.element_ty), mask=(m < M) & (n < N))
 
-    @triton.jit
-    def merge(top, total, acc, top_2, total_2, acc_2):
-        """Softmax over two sets of keys, each given as its highest score in log2, the sum of its weights relative to
-        that, and the weighted sum of its values. A set without keys (-3e38, 0, 0) changes no bits of the other."""
-        both = tl.maximum(top, top_2)
-        old, new = tl.exp2(top - both), tl.exp2(top_2 - both)
-        return both, total * old + total_2 * new, acc * old[:, None] + acc_2 * new[:, None]
-
     @triton.jit(do_not_specialize=["T", "L", "window"])
-    def attention(q, k_cache, v_cache, pos, y, stats, T, L, window, scale, G: tl.constexpr, GROUP: tl.constexpr,
+    def attention(q, k_cache, v_cache, pos, parts, y, T, L, window, scale, G: tl.constexpr, GROUP: tl.constexpr,
                   D: tl.constexpr, SPLIT: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-        """A block of rows, the queries of one KV head, over all their splits; where `stats` is given, over one."""
+        """A block of rows, the queries of one KV head, over their splits in ascending order. Of each split, and of all
+        until now, it has the highest score, the sum of the weights relative to that, and the weighted sum of the
+        values. Without `y` a program leaves its one split in `parts`, without keys it finds them all there."""
         b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
         r, d = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, D_PAD)[None, :]
         t, row = r // GROUP, (b * T + r // GROUP) * (G * GROUP) + g * GROUP + r % GROUP
@@ -395,49 +389,35 @@ def triton_kernels() -> SimpleNamespace:
         none, zero = tl.zeros((TILE,), tl.float32), tl.zeros((TILE, D_PAD), tl.float32)
         top, total, acc = none - 3e38, none, zero
         for split in range(tl.program_id(2), last // SPLIT + 1, tl.num_programs(2)):
-            top_s, total_s, acc_s = none - 3e38, none, zero
-            start = tl.maximum(split * SPLIT, first // TILE * TILE)
-            for key in range(start, tl.minimum(split * SPLIT + SPLIT, last + 1), TILE):
-                j = key + tl.arange(0, TILE)
-                at, there = ((b * G + g) * L + j[:, None]) * D + d, (j <= last)[:, None] & (d < D)
-                keys = tl.load(k_cache + at, mask=there, other=0)
-                values = tl.load(v_cache + at, mask=there, other=0)
-                scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-                back = p[:, None] - j[None, :]
-                scores = tl.where((back >= 0) & (back < window), scores, float("-inf"))
-                both = tl.maximum(top_s, tl.max(scores, 1))
-                weights, old = tl.exp2(scores - both[:, None]), tl.exp2(top_s - both)
-                top_s, total_s = both, total_s * old + tl.sum(weights, 1)
-                acc_s = tl.dot(weights.to(values.dtype), values, acc_s * old[:, None], input_precision="ieee")
-            top, total, acc = merge(top, total, acc, top_s, total_s, acc_s)
-        if stats is not None:
-            row += tl.program_id(2) * tl.num_programs(1) * T * GROUP
-            tl.store(stats + 2 * row, top, mask=t < T)
-            tl.store(stats + 2 * row + 1, total, mask=t < T)
+            if k_cache is None:
+                part = parts + (row * tl.cdiv(L, SPLIT) + split) * (D + 2)
+                top_s, total_s = tl.load(part, mask=t < T, other=0), tl.load(part + 1, mask=t < T, other=1)
+                acc_s = tl.load(part[:, None] + 2 + d, mask=real, other=0)
+            else:
+                top_s, total_s, acc_s = none - 3e38, none, zero
+                start = tl.maximum(split * SPLIT, first // TILE * TILE)
+                for key in range(start, tl.minimum(split * SPLIT + SPLIT, last + 1), TILE):
+                    j = key + tl.arange(0, TILE)
+                    at, there = ((b * G + g) * L + j[:, None]) * D + d, (j <= last)[:, None] & (d < D)
+                    keys = tl.load(k_cache + at, mask=there, other=0)
+                    values = tl.load(v_cache + at, mask=there, other=0)
+                    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+                    back = p[:, None] - j[None, :]
+                    scores = tl.where((back >= 0) & (back < window), scores, float("-inf"))
+                    both = tl.maximum(top_s, tl.max(scores, 1))
+                    weights, old = tl.exp2(scores - both[:, None]), tl.exp2(top_s - both)
+                    top_s, total_s = both, total_s * old + tl.sum(weights, 1)
+                    acc_s = tl.dot(weights.to(values.dtype), values, acc_s * old[:, None], input_precision="ieee")
+            both = tl.maximum(top, top_s)  # a split that a row sees nothing of changes no bits of it
+            old, new = tl.exp2(top - both), tl.exp2(top_s - both)
+            top, total, acc = both, total * old + total_s * new, acc * old[:, None] + acc_s * new[:, None]
+        if y is None:
+            part = parts + (row * tl.cdiv(L, SPLIT) + tl.program_id(2)) * (D + 2)
+            tl.store(part, top, mask=t < T)
+            tl.store(part + 1, total, mask=t < T)
+            tl.store(part[:, None] + 2 + d, acc, mask=real)
         else:
-            acc /= total[:, None]
-        tl.store(y + row[:, None] * D + d, acc.to(y.dtype.element_ty), mask=real)
-
-    @triton.jit(do_not_specialize=["rows", "window"])
-    def combine(pos, y, stats, parts, rows, window, H: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
-                D_PAD: tl.constexpr):  # fmt: skip
-        """One row's splits, in ascending order."""
-        row, d = tl.program_id(0).to(tl.int64) + tl.arange(0, 1), tl.arange(0, D_PAD)[None, :]
-        p = tl.load(pos + tl.program_id(0) // H).to(tl.int32)
-        total, acc = tl.zeros((1,), tl.float32), tl.zeros((1, D_PAD), tl.float32)
-        top = total - 3e38
-        for split in range(tl.maximum(p - window + 1, 0) // SPLIT, p // SPLIT + 1):
-            at = row + split * rows
-            part = tl.load(parts + at[:, None] * D + d, mask=d < D, other=0)
-            top, total, acc = merge(top, total, acc, tl.load(stats + 2 * at), tl.load(stats + 2 * at + 1), part)
-        tl.store(y + row[:, None] * D + d, (acc / total[:, None]).to(y.dtype.element_ty), mask=d < D)
-
-    @triton.jit(do_not_specialize=["x"])
-    def rms_norm(x, weight, y, n, eps, BLOCK: tl.constexpr):
-        at, j = tl.program_id(0).to(tl.int64) * n, tl.arange(0, BLOCK)
-        row = tl.load(x + at + j, mask=j < n, other=0).to(tl.float32)
-        row = row / tl.sqrt(tl.sum(row * row, 0) / n + eps) * tl.load(weight + j, mask=j < n, other=0)
-        tl.store(y + at + j, row.to(y.dtype.element_ty), mask=j < n)
+            tl.store(y + row[:, None] * D + d, (acc / total[:, None]).to(y.dtype.element_ty), mask=real)
 
     return SimpleNamespace(**locals())
 
@@ -483,30 +463,28 @@ def window_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads: tuple[int,
 @attention_op("triton_attention", "int")
 def triton_attention(q, k, v, k_cache, v_cache, pos, window, scale):
     write_cache(k, v, k_cache, v_cache, pos)
-    (B, T, H, D), (_, G, L, _), kernels = q.shape, k_cache.shape, triton_kernels()
-    q, pos, y, splits, rows = q.contiguous(), pos.contiguous(), q.new_empty(B, T, H * D), -(-L // SPLIT), B * T * H
-    # One program for each split where a program would be alone with them; its results are merged by `combine`.
-    alone, out, stats = splits > 1 and T * H // G <= 64, y, None
-    if alone:
-        out, stats = (q.new_empty(splits, rows, n, dtype=torch.float32) for n in (D, 2))
-    sizes, options = (D, SPLIT, max(16, 1 << (D - 1).bit_length())), {"enable_fp_fusion": False, "num_warps": 4}
-    grid, args = (-(-T * H // G // 64), B * G, splits if alone else 1), (q, k_cache, v_cache, pos, out, stats)
-    args += T, L, window, scale * math.log2(math.e), G, H // G, *sizes, 64
-    kernels.attention[grid](*args, **options, num_stages=2 if q.itemsize == 2 else 1)
-    if alone:
-        kernels.combine[(rows,)](pos, y, stats, out, rows, window, H, *sizes, **options)
+    (B, T, H, D), (_, G, L, _), q, pos = q.shape, k_cache.shape, q.contiguous(), pos.contiguous()
+    blocks, splits, y, parts = -(-T * H // G // 64), -(-L // SPLIT), q.new_empty(B, T, H * D), None
+    launches = [(k_cache, y, 1)]
+    if blocks == 1 < splits:  # a program would be alone with them all: one for each, and one that adds them up
+        parts = q.new_empty(B * T * H, splits, D + 2, dtype=torch.float32)
+        launches = [(k_cache, None, splits), (None, y, 1)]
+    sizes = T, L, window, scale * math.log2(math.e), G, H // G, D, SPLIT, max(16, 1 << (D - 1).bit_length()), 64
+    options = {"num_warps": 4, "num_stages": 2 if q.itemsize == 2 else 1, "enable_fp_fusion": False}
+    for keys, out, programs in launches:
+        args = q, keys, v_cache, pos, parts, out
+        triton_kernels().attention[blocks, B * G, programs](*args, *sizes, **options)
     return y
 
 
-@opaque("triton_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, *others: x.new_empty(x.shape))
-def triton_rms_norm(x, weight, eps):
-    x, y, n = x.contiguous(), x.new_empty(x.shape), x.shape[-1]
-    triton_kernels().rms_norm[(x.numel() // n,)](x, weight, y, n, eps, 1 << (n - 1).bit_length())
-    return y
+@opaque("gpu_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, *others: x.new_empty(x.shape))
+def gpu_rms_norm(x, weight, eps):
+    """In fp32, where PyTorch's own kernel is called, which gives each row a block of threads to itself."""
+    return F.rms_norm(x.float().contiguous(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
-@opaque("triton_log_softmax(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape, dtype=torch.float32))
-def triton_log_softmax(x):
+@opaque("gpu_log_softmax(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape, dtype=torch.float32))
+def gpu_log_softmax(x):
     """Summed by halves, in additions of torch's without an order: once a token, it needs no kernel of its own."""
     x = x.float() - x.amax(-1, keepdim=True)
     total = F.pad(x.exp(), (0, (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]))
@@ -518,10 +496,10 @@ def triton_log_softmax(x):
 BATCH_INVARIANT = Ops(
     pack=lambda weight, *args: (TritonPacked if weight.is_cuda else LeafPacked)(weight, *args),
     linear=linear,
-    rms_norm=lambda x, w, eps: triton_rms_norm(x, w, eps) if x.is_cuda else x / root_mean_square(x, eps) * w,
+    rms_norm=lambda x, w, eps: gpu_rms_norm(x, w, eps) if x.is_cuda else x / root_mean_square(x, eps) * w,
     silu_mul=silu_mul,
     mask=window_mask,
     attention=lambda q, *args: (triton_attention if q.is_cuda else invariant_attention)(q, *args),
-    log_softmax=lambda logits: (triton_log_softmax if logits.is_cuda else FAST.log_softmax)(logits),
+    log_softmax=lambda logits: (gpu_log_softmax if logits.is_cuda else FAST.log_softmax)(logits),
     compile_options={"emulate_precision_casts": True},
 )

@@ -261,19 +261,17 @@ def test_another_split_size_changes_bits(monkeypatch):
 
 def test_both_ways_through_attention_were_taken(monkeypatch):
     taken, kernel = [], kernels.triton_kernels()
-    spy = SimpleNamespace(**vars(kernel) | {"combine": {}})
 
-    class Combine:
+    class Attention:
         def __getitem__(self, grid):
             taken.append(grid)
-            return kernel.combine[grid]
+            return kernel.attention[grid]
 
-    spy.combine = Combine()
-    monkeypatch.setattr(kernels, "triton_kernels", lambda: spy)
+    monkeypatch.setattr(kernels, "triton_kernels", lambda: SimpleNamespace(attention=Attention()))
     run(attention_case([958], 72, 1, 3, 16, 1088))
-    assert not taken
+    assert taken == [(4, 1, 1)]
     run(attention_case([958], 9, 1, 3, 16, 1088))
-    assert taken == [(27,)]
+    assert taken[1:] == [(1, 1, 3), (1, 1, 1)]
 
 
 def test_on_a_gpu_only_windows_can_be_masks():
@@ -291,19 +289,19 @@ def test_on_a_gpu_only_windows_can_be_masks():
 def test_rms_norm_against_fp64(n):
     x, weight = randn(2, 5, n)[:, 1:], randn(n)
     want = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
-    got = kernels.triton_rms_norm(x, weight, 1e-5)
+    got = kernels.gpu_rms_norm(x, weight, 1e-5)
     assert_close(got, want)
-    assert all(same(kernels.triton_rms_norm(x[b, t], weight, 1e-5), got[b, t]) for b in range(2) for t in range(4))
+    assert all(same(kernels.gpu_rms_norm(x[b, t], weight, 1e-5), got[b, t]) for b in range(2) for t in range(4))
 
 
 @pytest.mark.parametrize("n", [5, 4096, 9001])
 def test_log_softmax_against_fp64(n):
     logits = randn(3, n) * 5
     logits[1, n // 2 :] = -math.inf
-    want, got = logits.double().log_softmax(-1), kernels.triton_log_softmax(logits)
+    want, got = logits.double().log_softmax(-1), kernels.gpu_log_softmax(logits)
     assert torch.equal(got == -math.inf, want == -math.inf)
     assert_close(got[want > -math.inf], want[want > -math.inf])
-    assert all(same(kernels.triton_log_softmax(logits[i : i + 1]), got[i : i + 1]) for i in range(3))
+    assert all(same(kernels.gpu_log_softmax(logits[i : i + 1]), got[i : i + 1]) for i in range(3))
 
 
 def test_compiled_graphs_call_the_kernels_whole():
@@ -311,8 +309,8 @@ def test_compiled_graphs_call_the_kernels_whole():
 
     def layer(q, k, v, k_cache, v_cache, pos):
         y = kernels.triton_attention(q, k, v, k_cache, v_cache, pos, (1 << 30), 0.25)
-        y = kernels.triton_rms_norm(kernels.linear(y, packed), packed.weight[0], 1e-5)
-        return kernels.triton_log_softmax(y)
+        y = kernels.gpu_rms_norm(kernels.linear(y, packed), packed.weight[0], 1e-5)
+        return kernels.gpu_log_softmax(y)
 
     want = layer(*(x.clone() for x in case))
     caches = [x.clone() for x in case]
