@@ -126,39 +126,46 @@ def write_cache(k_BTGD: Tensor, v_BTGD: Tensor, k_cache: Tensor, v_cache: Tensor
 SPLIT = 512  # keys in one product with the values
 
 
-def attend(q_BTHD, k_BGLD, v_BGLD, bias: Tensor, limit_T: Tensor, scale: float, tile=(128, 1, 64)) -> Tensor:
-    """Attention by batched products, the query heads of one KV head folded into their rows: [B, T, H * D]. `tile`: how
-    many tokens of queries a block has, which skips the keys behind the last one that it may see; what the number of
-    tokens, and of keys, is padded to a multiple of. The bits depend on none of it where `tiling` has seen so."""
-    (B, T, H, D), (_, G, L, _), (queries, tokens, keys) = q_BTHD.shape, k_BGLD.shape, tile
-    if T == 1 == tokens and L % keys == 0:
-        return _attend_block(q_BTHD.reshape(B * G, H // G, D), k_BGLD, v_BGLD, bias, scale).view(B, 1, H * D)
-    y_BTHD, T_more, L_more = q_BTHD.new_empty(B, T, H, D), -T % tokens, -L % keys
+def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale: float, block: Callable, tokens=1, keys=64) -> Tensor:
+    """Attention by a kernel of queries [B, G, T, H / G, D], for blocks of 128 tokens or so, which skip the keys behind
+    the last one that they may see: [B, T, H * D]. The numbers of tokens and of keys are padded to multiples of what is
+    given. The bits depend on none of it where `recipe` has seen so."""
+    (T, L), T_more, L_more = bias.shape[2::2], -len(limit_T) % tokens, -bias.shape[-1] % keys
     if T_more or L_more:
         q_BTHD, limit_T = F.pad(q_BTHD, (0, 0, 0, 0, 0, T_more)), F.pad(limit_T, (0, T_more))
         k_BGLD, v_BGLD = F.pad(k_BGLD, (0, 0, 0, L_more)), F.pad(v_BGLD, (0, 0, 0, L_more))
         bias = F.pad(bias, (0, L_more, 0, 0, 0, T_more), value=float("-inf"))
-    q_BGTHD = q_BTHD.unflatten(2, (G, -1)).transpose(1, 2)
-    for start in range(0, T, queries):
-        now = slice(start, start + queries)
-        span = -(-int(limit_T[now].max()) // keys) * keys
-        q, mask = q_BGTHD[:, :, now].flatten(2, 3).flatten(0, 1), bias[:, :, now, :, :span]
-        y = _attend_block(q, k_BGLD[:, :, :span], v_BGLD[:, :, :span], mask, scale)
-        y_BTHD[:, now] = y.view(B, G, -1, H // G, D).transpose(1, 2).flatten(2, 3)[:, : T - start]
-    return y_BTHD.flatten(2)
+    q_BGTRD, parts, size = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2), [], 128 // tokens * tokens
+    for start in range(0, T, size):
+        now = slice(start, start + size)
+        span = L + L_more if T == 1 else -(-int(limit_T[now].max()) // keys) * keys
+        parts += [block(q_BGTRD[:, :, now], k_BGLD[:, :, :span], v_BGLD[:, :, :span], bias[:, :, now, :, :span], scale)]
+    y_BGTRD = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+    return y_BGTRD[:, :, :T].transpose(1, 2).flatten(2)
 
 
-def _attend_block(q: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Queries [B * G, rows, D] over all keys, `bias` as dense_mask makes it."""
-    k, v, (B, G, L, _), rows = k_BGLD.flatten(0, 1), v_BGLD.flatten(0, 1), k_BGLD.shape, q.shape[1]
+def sdpa(q_BGTRD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """By PyTorch, the query heads of one KV head folded into its rows, so that no key is copied: 5 times as fast as
+    enable_gqa on a CPU."""
+    T, R = q_BGTRD.shape[2:4]
+    if T * R % 32 == 1 and q_BGTRD.device.type == "cpu":  # a row left over alone would take another kernel
+        q_BGTRD, bias = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (q_BGTRD, bias))
+    q, bias = q_BGTRD.flatten(2, 3), bias.expand(-1, -1, -1, R, -1).flatten(2, 3)
+    y = F.scaled_dot_product_attention(q, k_BGLD, v_BGLD, bias.expand(len(q), -1, -1, -1), scale=scale)
+    return y.unflatten(2, (-1, R))[:, :, :T]
+
+
+def batched_products(q_BGTRD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """By batched matrix products, and softmax over all keys at once."""
+    q, k, v = q_BGTRD.flatten(2, 3).flatten(0, 1), k_BGLD.flatten(0, 1), v_BGLD.flatten(0, 1)
+    (B, G, L, _), rows = k_BGLD.shape, q.shape[1]
     # oneDNN reorders what stands on the right, so a few queries stand there and not all the keys.
     scores = torch.bmm(k, q.mT).mT if rows <= 32 else torch.bmm(q, k.mT)
     scores = torch.add(bias, scores.view(B, G, bias.shape[2], -1, L), alpha=scale)
     weights = scores.softmax(-1).view(B * G, rows, L)
-    if L <= SPLIT:
-        return torch.bmm(weights, v)
     parts = [torch.bmm(weights[..., i : i + SPLIT], v[:, i : i + SPLIT]) for i in range(0, L, SPLIT)]
-    return functools.reduce(torch.add, parts[1:], parts[0].float()).to(q.dtype)
+    y = parts[0] if L <= SPLIT else functools.reduce(torch.add, parts[1:], parts[0].float()).to(q.dtype)
+    return y.view(q_BGTRD.shape)
 
 
 def attention_op(name: str, mask_type: str) -> Callable:
@@ -166,21 +173,28 @@ def attention_op(name: str, mask_type: str) -> Callable:
     return opaque(f"{name}({schema}, float scale) -> Tensor", lambda q, *_: q.new_empty(*q.shape[:2], q[0, 0].numel()))
 
 
-@attention_op("fast_attention", "Tensor[]")
-def fast_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
-    """SDPA with the query heads of one KV head folded into the query length, so that no key is copied: 5 times as
-    fast as enable_gqa on a CPU. `attend` is faster without AMX, for long prompts and large batches in bf16."""
+@functools.cache
+def kernel_of_attention(dtype: torch.dtype) -> Callable:
+    """The one that is fast, and of fixed bits, on this CPU."""
+    return sdpa if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else batched_products
+
+
+@attention_op("whole_attention", "Tensor[]")
+def whole_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
     write_cache(k, v, k_cache, v_cache, pos)
-    (B, T, H, D), G, bias, span = q.shape, k_cache.shape[1], mask[0], mask[0].shape[-1]
-    k, v = k_cache.narrow(2, 0, span), v_cache.narrow(2, 0, span)
-    if (B * T >= 16 or T > 32) and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return attend(q, k, v, *mask, scale)
-    if T == 1:
-        return F.scaled_dot_product_attention(q.view(B, G, H // G, D), k, v, bias[:, :, 0], scale=scale).view(B, T, -1)
-    q = q.unflatten(2, (G, H // G)).transpose(1, 2)
-    bias = bias.expand(B, -1, T, H // G, span).flatten(2, 3)
-    y = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, bias, scale=scale)
-    return y.view(q.shape).transpose(1, 2).flatten(2)
+    k, v = (cache.narrow(2, 0, mask[0].shape[-1]) for cache in (k_cache, v_cache))
+    large = q.device.type == "cpu" and q.dtype == torch.bfloat16 and (pos.numel() >= 16 or pos.shape[1] > 32)
+    return attend(q, k, v, *mask, scale, kernel_of_attention(q.dtype) if large else sdpa)
+
+
+def fast_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
+    """Of one token a row, compiled for a CPU, a few loops that Inductor writes: there, calling an op costs more."""
+    if q.shape[1] > 1 or q.device.type != "cpu" or not torch.compiler.is_compiling():
+        return whole_attention(q, k, v, k_cache, v_cache, pos, mask, scale)
+    write_cache(k, v, k_cache, v_cache, pos)
+    k, v = (cache[:, :, None, : mask[0].shape[-1]].float() for cache in (k_cache, v_cache))
+    scores = (q[:, 0].unflatten(1, (k.shape[1], -1)).unsqueeze(3).float() * k).sum(-1) * scale + mask[0][:, :, 0]
+    return (scores.softmax(-1).unsqueeze(4) * v).sum(3).to(q.dtype).flatten(1).unsqueeze(1)
 
 
 FAST = Ops(
@@ -191,7 +205,7 @@ FAST = Ops(
     mask=dense_mask,
     attention=fast_attention,
     log_softmax=lambda logits: F.log_softmax(logits, dim=-1, dtype=torch.float32),
-    compile_options={},
+    compile_options={"size_asserts": False, "alignment_asserts": False},
 )
 
 
@@ -304,42 +318,43 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def attend_safely(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale):
     """What `attend` must agree with, and its stand-in: one thread, tiles of 16 rows, each row of a batch alone."""
-    tokens = -(-16 * k_BGLD.shape[1] // q_BTHD.shape[2])
+    how = kernel_of_attention(q_BTHD.dtype), -(-16 * k_BGLD.shape[1] // q_BTHD.shape[2]), SPLIT
     with one_thread():
         rows = zip(*(x.split(1) for x in (q_BTHD, k_BGLD, v_BGLD, bias)), strict=True)
-        return torch.cat([attend(*row, limit_T, scale, (tokens, tokens, SPLIT)) for row in rows])
+        return torch.cat([attend(*row, limit_T, scale, *how) for row in rows])
 
 
 @functools.cache
-def tiling(B: int, G: int, head_dim: int, group: int, dtype: torch.dtype, threads: int) -> tuple | None:
-    """A tile with which a query's bits are seen to depend on no other query and not on the span; None if none is."""
-    T, L, tokens = 80, SPLIT + 64, -(-16 // group)
+def recipe(B: int, G: int, head_dim: int, group: int, dtype: torch.dtype, threads: int) -> Callable:
+    """The way through `attend` in which a query's bits are seen to depend on no other query and not on the span."""
+    T, L, block = 80, SPLIT + 64, kernel_of_attention(dtype)
     q, k = (4096 * z for z in cancelling((B, T, G * group), (B, G, L), head_dim, dtype))  # scaled up to matter
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     k[:, :, 1::2], v[:, :, 1::2] = k[:, :, ::2], -v[:, :, ::2]
 
-    def agrees(tile: tuple, start: int) -> bool:
+    def agrees(way: Callable, start: int) -> bool:
         bias, limit = dense_mask(causal, torch.arange(start, start + T).expand(B, -1), L, (G * group, G), dtype)
         want = attend_safely(q, k, v, bias, limit, 0.125)
         for count, end in itertools.product((1, 2, 3, 5, 6, 11, 16, 40, T), range(8, T + 1, 8)):
             now, span = slice(max(end - count, 0), end), -(-(start + end) // 64) * 64
             mask = bias[:, :, now, :, :span], limit[now]
-            if not torch.equal(attend(q[:, now], k[:, :, :span], v[:, :, :span], *mask, 0.125, tile), want[:, now]):
+            if not torch.equal(way(q[:, now], k[:, :, :span], v[:, :, :span], *mask, 0.125), want[:, now]):
                 return False
         return True
 
-    tiles = ((128, 1, 64), (128 // tokens * tokens, tokens, SPLIT))[head_dim < 64 :]  # short sums hide from the probe
-    return next((tile for tile in tiles if agrees(tile, 0) and agrees(tile, SPLIT - 40)), None)
+    ways = [functools.partial(attend, block=block, tokens=n, keys=m) for n, m in ((1, 64), (-(-16 // group), SPLIT))]
+    ways = ways[head_dim < 64 :]  # short sums hide from the probe
+    starts = range(0, SPLIT, SPLIT // 5 + 16)  # so that spans of all multiples of 64 occur
+    return next((way for way in ways if all(agrees(way, start) for start in starts)), attend_safely)
 
 
 @attention_op("invariant_attention", "Tensor[]")
 def invariant_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
-    """One recipe for prefill, decode and verify: softmax over a query's keys, products with the values by SPLIT."""
+    """One recipe for prefill, decode and verify."""
     write_cache(k, v, k_cache, v_cache, pos)
     G, span = k_cache.shape[1], mask[0].shape[-1]
-    args = q, k_cache.narrow(2, 0, span), v_cache.narrow(2, 0, span), *mask, scale
-    tile = tiling(min(len(q), 2), G, q.shape[3], q.shape[2] // G, q.dtype, torch.get_num_threads())
-    return attend(*args, tile) if tile else attend_safely(*args)
+    way = recipe(min(len(q), 2), G, q.shape[3], q.shape[2] // G, q.dtype, torch.get_num_threads())
+    return way(q, k_cache.narrow(2, 0, span), v_cache.narrow(2, 0, span), *mask, scale)
 
 
 # The same on a GPU: a dot adds to one fp32 accumulator in ascending k, BLOCK_K at a time at every M, so bits depend on
