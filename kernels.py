@@ -76,6 +76,7 @@ class Packed:
     """A weight in its kernel's layout. Inductor cannot trace through those, so a graph names a weight by an integer;
     the table forgets it when its layer dies."""
 
+    parts, parts_dtype = 1, None  # the leaves that `products` hands back side by side for `linear` to add
     table: dict[int, "Packed"] = weakref.WeakValueDictionary()
     handles = itertools.count()  # alike in every run, so that compiled graphs are found in Inductor's cache
 
@@ -85,17 +86,27 @@ class Packed:
         self.handle = next(self.handles)
         self.table[self.handle] = self
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def products(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.bias)
 
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self)
 
-@opaque("linear(Tensor x, int handle, int n) -> Tensor", lambda x, handle, n: x.new_empty(*x.shape[:-1], n))
-def opaque_linear(x, handle, n):
-    return Packed.table[handle](x)
+
+@opaque(
+    "linear(Tensor x, int handle, int n, ScalarType? dtype) -> Tensor",
+    lambda x, handle, n, dtype: x.new_empty(*x.shape[:-1], n, dtype=dtype),
+)
+def opaque_linear(x, handle, n, dtype):
+    return Packed.table[handle].products(x)
 
 
 def linear(x: Tensor, packed: Packed) -> Tensor:
-    return opaque_linear(x, packed.handle, packed.out_features) if packed.opaque else packed(x)
+    """x W^T + b, in the type of x; in fp32 where it is a sum of leaves, whose additions a compiler may see."""
+    if not packed.opaque:
+        return packed.products(x)
+    y = opaque_linear(x, packed.handle, packed.parts * packed.out_features, packed.parts_dtype)
+    return y if packed.parts == 1 else add_leaves(y.unflatten(-1, (packed.parts, -1)), packed.bias)
 
 
 def fast_silu_mul(gate_up: Tensor) -> Tensor:
@@ -131,14 +142,16 @@ def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale: float, block: Callable,
     the last one that they may see: [B, T, H * D]. The numbers of tokens and of keys are padded to multiples of what is
     given. The bits depend on none of it where `recipe` has seen so."""
     (T, L), T_more, L_more = bias.shape[2::2], -len(limit_T) % tokens, -bias.shape[-1] % keys
+    q_BGTRD, parts, size = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2), [], 128 // tokens * tokens
+    if T == 1 and not T_more + L_more:
+        return block(q_BGTRD, k_BGLD, v_BGLD, bias, scale).transpose(1, 2).flatten(2)
     if T_more or L_more:
-        q_BTHD, limit_T = F.pad(q_BTHD, (0, 0, 0, 0, 0, T_more)), F.pad(limit_T, (0, T_more))
+        q_BGTRD, limit_T = F.pad(q_BGTRD, (0, 0, 0, 0, 0, T_more)), F.pad(limit_T, (0, T_more))
         k_BGLD, v_BGLD = F.pad(k_BGLD, (0, 0, 0, L_more)), F.pad(v_BGLD, (0, 0, 0, L_more))
         bias = F.pad(bias, (0, L_more, 0, 0, 0, T_more), value=float("-inf"))
-    q_BGTRD, parts, size = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2), [], 128 // tokens * tokens
     for start in range(0, T, size):
         now = slice(start, start + size)
-        span = L + L_more if T == 1 else -(-int(limit_T[now].max()) // keys) * keys
+        span = -(-int(limit_T[now].max()) // keys) * keys
         parts += [block(q_BGTRD[:, :, now], k_BGLD[:, :, :span], v_BGLD[:, :, :span], bias[:, :, now, :, :span], scale)]
     y_BGTRD = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
     return y_BGTRD[:, :, :T].transpose(1, 2).flatten(2)
@@ -221,14 +234,14 @@ def leaf_count(n_kv_heads: int, in_features: int, multiple: int = 32) -> int:
     return count
 
 
-def add_leaves(parts_GMN: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Leaves added in fp32 and in one fixed order, a power of two as a binary tree, an odd number from left to right;
-    then the bias, once, and one rounding."""
-    while len(parts_GMN) % 2 == 0:
-        parts_GMN = parts_GMN[::2].float() + parts_GMN[1::2]
-    first, *others = parts_GMN.unbind()
-    total = functools.reduce(torch.add, others, first.float())
-    return (total if bias is None else total + bias).to(dtype)
+def add_leaves(parts_MGN: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Leaves added in fp32 in one fixed order, a power of two as a binary tree, an odd number from left to right; then
+    the bias, once."""
+    parts_MGN = parts_MGN.float()
+    while parts_MGN.shape[-2] % 2 == 0:
+        parts_MGN = parts_MGN[..., ::2, :] + parts_MGN[..., 1::2, :]
+    total = functools.reduce(torch.add, parts_MGN.unbind(-2))
+    return total if bias is None else total + bias
 
 
 def one_thread() -> contextlib.ExitStack:
@@ -261,11 +274,13 @@ def in_tiles(x_MK: Tensor, weight: Tensor, safe: range, bias: Tensor | None = No
 
 
 @functools.cache
-def safe_rows(N: int, K: int, dtype: torch.dtype, copies: int, threads: int) -> range:
-    """The numbers of rows, up to 512, at which a product with such a weight, `copies` of it stacked, is seen to have
-    the bits of the reference: oneDNN's do not depend on the rows within limits."""
-    x, weight = cancelling((512,), (min(N, 1 << 14),), K, dtype)
-    want, weight = in_tiles(x, blocked(weight), range(0)).repeat(1, copies), blocked(weight.repeat(copies, 1))
+def safe_rows(N: int, K: int, dtype: torch.dtype, leaves: int, threads: int) -> range:
+    """The numbers of rows, up to 512, at which a product with such a weight is seen to have the bits of the reference:
+    oneDNN's do not depend on the rows within limits. With leaves, a row is zero outside one of them, and the reference
+    is the product of that leaf."""
+    x, weight = cancelling((512,), (min(N, 1 << 14),), K // leaves, dtype)
+    want, places = in_tiles(x, blocked(weight), range(0)), torch.eye(leaves, dtype=dtype).repeat(512, 1)[:512]
+    x, weight = (x[:, None] * places[:, :, None]).flatten(1), blocked(weight.repeat(1, leaves))
     counts = (2, 3, 6, 7, 8, 9, 12, 15, 16, 17, 24, 33, 48, 64, 100, 128, 256, 500, 512)
     agrees = lambda n: torch.equal(product(x[:n], weight), want[:n])
     most = max(itertools.takewhile(agrees, counts), default=0)
@@ -273,39 +288,43 @@ def safe_rows(N: int, K: int, dtype: torch.dtype, copies: int, threads: int) -> 
 
 
 class LeafPacked(Packed):
-    """A weight on a CPU whose products round each leaf once, add them in fp32 and round the sum."""
+    """A weight on a CPU whose products round each leaf once; `linear` adds them in fp32 and rounds the sum."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, leaves: int = 1):
         super().__init__(weight, bias)
-        self.opaque, self.shape, self.stacked = True, (len(weight), weight.shape[1] // leaves, weight.dtype), None
-        parts = weight.chunk(leaves, dim=1)
-        self.leaves = [blocked(part) for part in parts] if leaves > 1 else [self.weight]
-        if leaves > 1 and weight.nbytes < 4 << 20:  # a large weight would not notice the 40 us a call that this saves
-            self.stacked = blocked(torch.cat(parts))
+        self.shape, self.parts, self.opaque = (*weight.shape, weight.dtype), leaves, True
+        self.leaves = [blocked(part) for part in weight.chunk(leaves, dim=1)] if leaves > 1 else [self.weight]
+        if leaves > 1 and weight.nbytes < 4 << 20:  # a large weight would not notice the 30 us a call that this saves
             self.nbytes += weight.nbytes
-        self.weight = None if leaves > 1 else self.weight
+            self.places = torch.eye(leaves, dtype=weight.dtype)[:, :, None]
+        elif leaves > 1:
+            self.weight = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        (N, K, _), G, M, threads = self.shape, len(self.leaves), x.shape[:-1].numel(), torch.get_num_threads()
-        safe = safe_rows(*self.shape, 1, threads)
+    def products(self, x: Tensor) -> Tensor:
+        (N, K, dtype), G, M, threads = self.shape, self.parts, x.shape[:-1].numel(), torch.get_num_threads()
+        safe = safe_rows(N, K // G, dtype, 1, threads)
         if G == 1 and M in safe:
             return product(x, self.weight, self.bias)
         if G == 1:
             y = in_tiles(x.reshape(M, K), self.weight, safe, self.bias)
-        elif self.stacked is not None and M * G <= 24 and M * G in safe_rows(*self.shape, G, threads):
-            # A few rows: one product of all their leaves with all leaves of the weight, without what mixes two.
-            parts_MGN = product(x.reshape(M * G, K), self.stacked).view(M, G * G, N)[:, :: G + 1]
-            y = add_leaves(parts_MGN.transpose(0, 1), self.bias, x.dtype)
+        elif self.weight is not None and M * G <= 48 and M * G in safe_rows(*self.shape, G, threads):
+            # A few rows: one product of the whole weight with copies of them that are zero outside one leaf.
+            y = product((x.reshape(M, 1, G, -1) * self.places).view(M * G, K), self.weight)
         else:
-            pairs = zip(x.reshape(M, G, K).unbind(1), self.leaves, strict=True)
-            y = add_leaves(torch.stack([in_tiles(*pair, safe) for pair in pairs]), self.bias, x.dtype)
-        return y.view(*x.shape[:-1], N)
+            pairs = zip(x.reshape(M, G, -1).unbind(1), self.leaves, strict=True)
+            y = torch.cat([in_tiles(*pair, safe) for pair in pairs], dim=-1)
+        return y.view(*x.shape[:-1], G * N)
 
 
-# Opaque is what a compiler reorders or rounds in its own way: sums, roots, divisions by a constant, exp.
-@opaque("root_mean_square(Tensor x, float eps) -> Tensor", lambda x, eps: x.new_empty(*x.shape[:-1], 1))
-def root_mean_square(x, eps):
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).sqrt_()
+# Opaque is what a compiler reorders or rounds in its own way: sums and exp. Also torch.sqrt: it is MKL's, pow is not.
+@opaque("vector_norm(Tensor x) -> Tensor", lambda x: x.new_empty(*x.shape[:-1], 1))
+def vector_norm(x):
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def root_mean_square(x: Tensor, eps: float) -> Tensor:
+    length = vector_norm(x)
+    return (length * length * (1 / x.shape[-1]) + eps).pow(0.5)
 
 
 exp = opaque("exp(Tensor x) -> Tensor", torch.empty_like)(torch.exp)
@@ -385,8 +404,9 @@ def triton_kernels() -> SimpleNamespace:
                 b = (b * tl.load(scale + group, mask=n < N, other=0).to(tl.float32)).to(a.dtype)
             acc = tl.dot(b, a, acc, input_precision="ieee")
         acc += 0 if bias is None else tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
-        y += tl.program_id(2).to(tl.int64) * M * N
-        tl.store(y + m * N + n, acc.to(y.dtype.element_ty), mask=(m < M) & (n < N))
+        tl.store(
+            y + (m * tl.num_programs(2) + tl.program_id(2)) * N + n, acc.to(y.dtype.element_ty), mask=(m < M) & (n < N)
+        )
 
     @triton.jit(do_not_specialize=["T", "L", "window"])
     def attention(q, k_cache, v_cache, pos, parts, y, T, L, window, scale, G: tl.constexpr, GROUP: tl.constexpr,
@@ -449,21 +469,22 @@ class TritonPacked(Packed):
 
     def __init__(self, weight, bias=None, leaves=1, scale=None, zero=None):
         super().__init__(weight, bias)
-        self.weight, self.opaque, self.leaves, self.scale, self.zero = weight.contiguous(), True, leaves, scale, zero
+        self.weight, self.opaque, self.parts, self.scale, self.zero = weight.contiguous(), True, leaves, scale, zero
+        self.parts_dtype = torch.float32 if leaves > 1 else None
         self.nbytes += sum(t.nbytes for t in (scale, zero) if t is not None)
 
-    def __call__(self, x):
-        kernels, N, K, leaves = triton_kernels(), self.out_features, x.shape[-1], self.leaves
+    def products(self, x):
+        kernels, N, K, leaves = triton_kernels(), self.out_features, x.shape[-1], self.parts
         x_MK, group = x.reshape(-1, K).contiguous(), K if self.scale is None else K // self.scale.shape[1]
         M, leaf = len(x_MK), K // leaves
         # No block straddles a leaf or a group.
         sizes = M, N, K, leaf, group, K // self.weight.shape[1], math.gcd(128 // x.itemsize, leaf, group)
         launch = next(launch for most, launch in self.LAUNCHES.items() if M <= most)
         grid = -(-N // launch["BLOCK_N"]), -(-M // launch["BLOCK_M"]), leaves
-        parts = x.new_empty(leaves, M, N, dtype=x.dtype if leaves == 1 else torch.float32)
-        args = x_MK, self.weight, self.scale, self.zero, self.bias if leaves == 1 else None, parts
+        y = x.new_empty(*x.shape[:-1], leaves * N, dtype=self.parts_dtype)
+        args = x_MK, self.weight, self.scale, self.zero, self.bias if leaves == 1 else None, y
         kernels.linear[grid](*args, *sizes, **launch, enable_fp_fusion=False)
-        return (parts if leaves == 1 else add_leaves(parts, self.bias, x.dtype)).view(*x.shape[:-1], N)
+        return y
 
 
 def window_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads: tuple[int, int], dtype: torch.dtype):

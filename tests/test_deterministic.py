@@ -96,28 +96,26 @@ SMALL = 2**-15  # 1024 + SMALL is 1024 in fp32
 )
 def test_order_of_leaves(values, tree):
     parts = torch.tensor(values, dtype=FP32)
-    assert add_leaves(parts[:, None], None, FP32).tolist() == [tree]
-    assert add_leaves(parts[:, None, None].expand(-1, 5, 33), None, FP32).eq(tree).all()
+    assert add_leaves(parts[:, None]).tolist() == [tree]
+    assert add_leaves(parts[:, None].expand(5, -1, 33)).eq(tree).all()
 
 
 def test_order_probe_tells():
     """The values above tell the tree from left to right and from backwards."""
     parts = torch.tensor([[1024], [SMALL], [-1024], [SMALL]])
-    assert left_to_right(parts) == SMALL != add_leaves(parts, None, FP32)
+    assert left_to_right(parts) == SMALL != add_leaves(parts)
     parts = torch.tensor([[1024], [-1024], [SMALL]])
-    assert left_to_right(parts.flip(0)) != add_leaves(parts, None, FP32)
+    assert left_to_right(parts.flip(0)) != add_leaves(parts)
 
 
-def test_bias_and_rounding_once():
-    """The bias comes after the tree, and the sum is rounded once: in bf16, 1 + 2^-9 is 1."""
+def test_bias_and_no_rounding():
+    """The bias comes after the tree, and the sum stays in fp32: in bf16, 1 + 2^-9 would be 1."""
     parts = torch.tensor([[1024], [SMALL], [-1024], [SMALL]])
-    assert add_leaves(parts, torch.tensor([SMALL]), FP32).tolist() == [SMALL]
-    assert add_leaves(parts[:2], torch.tensor([-1024.0]), FP32).tolist() == [0]
-    parts = torch.tensor([[1.0], [2**-9]], dtype=BF16)
-    total = add_leaves(parts, torch.tensor([2**-9], dtype=BF16), BF16)
-    assert total.dtype == BF16 and total.item() == 1.0  # a tie, to even
-    total = add_leaves(parts, torch.tensor([2**-8], dtype=BF16), BF16)
-    assert total.item() == 1 + 2**-7 != ((parts[0] + parts[1]) + torch.tensor([2**-8], dtype=BF16)).item()
+    assert add_leaves(parts, torch.tensor([SMALL])).tolist() == [SMALL]
+    assert add_leaves(parts[:2], torch.tensor([-1024.0])).tolist() == [0]
+    parts, bias = torch.tensor([[1.0], [2**-9]], dtype=BF16), torch.tensor([2**-9], dtype=BF16)
+    total = add_leaves(parts, bias)
+    assert total.dtype == FP32 and total.item() == 1 + 2**-8 != ((parts[0] + parts[1]) + bias).item()
 
 
 # ---- linear
@@ -143,7 +141,7 @@ def whole(packed, x):
     alone, bias = len(packed.leaves) == 1, packed.bias
     parts = zip(x.chunk(len(packed.leaves), 1), packed.leaves, strict=True)
     parts = [kernels.in_tiles(*part, range(0), bias if alone else None) for part in parts]
-    return parts[0] if alone else add_leaves(torch.stack(parts), bias, x.dtype)
+    return parts[0] if alone else add_leaves(torch.stack(parts, dim=-2), bias)
 
 
 def differing(packed, x, rows=ROWS):
@@ -229,13 +227,13 @@ def test_linear_in_tiles(safe, beside, leaves, monkeypatch):
     x = randn(129, 192, seed=6, dtype=BF16)
     want = whole(packed, x)
     monkeypatch.setattr(kernels, "safe_rows", lambda n, k, dtype, copies, threads: safe if copies == 1 else beside)
-    counted = lambda x, weight, *bias: sizes.append((len(x), weight is packed.stacked)) or product(x, weight, *bias)
+    together = lambda weight: leaves > 1 and weight is packed.weight
+    counted = lambda x, weight, *bias: sizes.append((len(x), together(weight))) or product(x, weight, *bias)
     monkeypatch.setattr(kernels, "product", counted)
     for n in (1, 2, 8, 17, 50, 129):
         assert torch.equal(packed(x[:n]), want[:n])
-    assert {n for n, stacked in sizes if not stacked} <= set(safe) and safe[-1] in dict(sizes)
-    stacked = {n for n, stacked in sizes if stacked}
-    assert stacked == ({n for n in (3, 6, 24) if n in beside} if leaves > 1 else set())
+    assert {n for n, whole in sizes if not whole} <= set(safe) and safe[-1] in dict(sizes)
+    assert {n for n, whole in sizes if whole} == ({n for n in (3, 6, 24) if n in beside} if leaves > 1 else set())
 
 
 @pytest.mark.parametrize("leaves", [1, 2, 3])

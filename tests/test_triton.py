@@ -142,7 +142,7 @@ def test_leaves_are_added_in_the_fixed_tree(leaves):
         for place, value in zip(places, (BIG, -BIG, TINY), strict=False):
             values[place] = torch.tensor(value)
         got = probe(values, leaves, 32 * leaves)
-        assert got == add_leaves(torch.stack(values), None, torch.float32).item()
+        assert got == add_leaves(torch.stack(values)[:, None]).item()
         left_to_right += got == functools.reduce(torch.add, values).item()
     # A negative control: from left to right is another order wherever there is a tree.
     total = math.perm(leaves, min(leaves, 3))
