@@ -64,8 +64,9 @@ def promises(args, size: int, model, requests: list[Request]):
     generate.set_up(compiled, True, args.deterministic)  # with the flag off, one graph is enough to see a difference
     alone = dict(complete(model, [*requests, same]))
     row = lambda name, *runs: (name, *tally(alone, sum(runs, [])))
-    others = [replace(r, max_new_tokens=1 + 3 * i % r.max_new_tokens) for i, r in enumerate(requests)] * 4
-    mixed = [r for pair in zip([same] * max(25, len(requests)), others, strict=False) for r in pair]
+    others = [replace(r, max_new_tokens=1 + 3 * i % r.max_new_tokens) for i, r in enumerate(requests)]
+    pairs = zip([same] * max(25, len(others)), others + others[:4] * 5, strict=False)  # the first are the short ones
+    mixed = [r for pair in pairs for r in pair]
     batches = [complete(model, mixed, n) for n in ((5, 9, 17, 33) if size == 1 else range(1, 51))]
     yield row("C1 batch size, neighbours, refilled slots", *batches)
     # What happens before the first token shows in it and in the next two, which read the cache.
