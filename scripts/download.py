@@ -44,9 +44,8 @@ def json_files(meta, shapes):
     tokenizer = Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in ggml["merges"]]))
     splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(splits), decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [token for token, kind in zip(vocab, ggml["token_type"], strict=True) if kind == 3]
-    )  # control
+    control = [token for token, kind in zip(vocab, ggml["token_type"], strict=True) if kind == 3]
+    tokenizer.add_special_tokens(control)
     if words["add_bos_token"] and (bos := words["bos_token"]):
         tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, ids["bos"])])
     tokenizer = json.loads(tokenizer.to_str())
@@ -116,7 +115,6 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:
         fetch(args.out or DEFAULT.parent / Path(args.source).name.removesuffix(".gguf"), args.source)
-    except KeyError as error:
-        parser.error(f"{args.source}: {error} is missing or not supported")
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 gguf, tokenizers and the hub raise many
-        parser.error(f"{args.source}: {error or 'interrupted'}")
+    except (Exception, KeyboardInterrupt) as error:  # gguf, tokenizers and the hub raise many
+        why = f"{error} is missing or not supported" if isinstance(error, KeyError) else str(error) or "interrupted"
+        parser.error(f"{args.source}: {why}")

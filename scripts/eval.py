@@ -5,26 +5,25 @@ python scripts/eval.py --tasks arc_easy,piqa --limit 100      or a task.yaml of 
 
 import math
 import sys
-import time
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate  # noqa: E402
 from scripts import bench  # noqa: E402
 
 
-@torch.inference_mode()
 def score(engine, ids: list[int], first: int) -> tuple[list[float], bool]:
     """As --score does, the logprobs of ids[first:], each after all before it; and whether all are the likeliest."""
-    logprobs, likeliest = [], []
-    for i in range(0, len(ids) - 1, 512):
-        targets_T = torch.tensor(ids[i + 1 : i + 513], device=engine.model.device)
-        logits_TV = engine.feed([ids[i : i + len(targets_T)]], [i], slot=0)[0]
-        logprobs += engine.logprobs(logits_TV, targets_T)
-        likeliest += (logits_TV.argmax(-1) == targets_T).tolist()
-    return logprobs[first - 1 :], all(likeliest[first - 1 :])
+    logprobs, likeliest = engine.logprobs, []
+
+    def note(logits_TV, ids_T):
+        likeliest.extend((logits_TV.argmax(-1) == ids_T).tolist())
+        return logprobs(logits_TV, ids_T)
+
+    engine.logprobs = note
+    scores = engine.score(ids[:first], ids[first:])
+    del engine.logprobs
+    return scores, all(likeliest[first - 1 :])
 
 
 def log_likelihood(engine, ids: list[int], window: int, stride: int, show=lambda done, total: None) -> float:
@@ -33,22 +32,33 @@ def log_likelihood(engine, ids: list[int], window: int, stride: int, show=lambda
     while done < len(ids):
         end = min(done + stride if done > 1 else window, len(ids))
         start = max(end - window, 0)
-        total += math.fsum(score(engine, ids[start:end], done - start)[0])
+        total += math.fsum(engine.score(ids[start:done], ids[done:end]))
         done = end
         show(done, total)
     return total
 
 
+def run_tasks(engine, tasks: str, limit: int | None) -> str:
+    """The table of lm_eval, for tasks that compare likelihoods."""
+    with generate.refusing("--tasks needs `pip install lm_eval`", ImportError):
+        from lm_eval import simple_evaluate, utils
+        from lm_eval.tasks import TaskManager
+    names = [Path(name) for name in tasks.split(",")]
+    manager = TaskManager(include_path=[str(name.parent) for name in names if name.suffix == ".yaml"] or None)
+    names = [name.stem for name in names]
+    return utils.make_table(simple_evaluate(adapter(engine), tasks=names, limit=limit, task_manager=manager))
+
+
 def adapter(engine):
-    """The engine as a model of lm_eval, for tasks that compare likelihoods."""
+    """The engine as a model of lm_eval."""
     from lm_eval.api.model import LM
 
     encode, context, eos = engine.tokenizer.encode, engine.model.config.context, min(engine.tokenizer.eos_ids)
 
     class Adapter(LM):
         def one(self, before: str, text: str) -> tuple[float, bool]:
-            known = before.rstrip()  # what follows belongs to the text, whose tokens begin with a space
-            known, whole = encode(known) or [eos], [eos] * (not encode(known)) + encode(before + text)
+            known, whole = encode(before.rstrip()), encode(before + text)  # a token of the text may begin with a space
+            known, whole = (known, whole) if known else ([eos], [eos, *whole])
             logprobs, likeliest = score(engine, whole[-context:], max(len(known) - max(len(whole) - context, 0), 1))
             return math.fsum(logprobs), likeliest
 
@@ -56,27 +66,12 @@ def adapter(engine):
             return [self.one(*request.args) for request in requests]
 
         def loglikelihood_rolling(self, requests):
-            ids = [[eos, *encode(request.args[0])] for request in requests]
-            return [log_likelihood(engine, row, context, context // 2) for row in ids]
+            return [log_likelihood(engine, [eos, *encode(r.args[0])], context, context // 2) for r in requests]
 
         def generate_until(self, requests):
             generate.refuse("tasks that generate text are not supported, choose those that compare likelihoods")
 
     return Adapter()
-
-
-def run_tasks(engine, tasks: str, limit: int | None) -> str:
-    try:
-        from lm_eval import simple_evaluate, utils
-        from lm_eval import tasks as lm_tasks
-    except ImportError as e:
-        raise generate.InputError(f"--tasks needs `pip install lm_eval`: {e}") from e
-    names = tasks.split(",")
-    folders = [str(Path(name).parent) for name in names if name.endswith(".yaml")]
-    manager = lm_tasks.TaskManager(include_path=folders or None)
-    names = [Path(name).stem for name in names]
-    results = simple_evaluate(adapter(engine), tasks=names, limit=limit, task_manager=manager)
-    return utils.make_table(results)
 
 
 def main(own, argv: list[str]) -> None:
@@ -87,13 +82,13 @@ def main(own, argv: list[str]) -> None:
     if own.tasks:
         return print(run_tasks(engine, own.tasks, own.limit or None))
     with generate.refusing(f"--text {own.text} cannot be read", OSError, ValueError):
-        ids, start = tokenizer.encode(Path(own.text).read_text(encoding="utf-8")), time.perf_counter()
+        ids = tokenizer.encode(Path(own.text).read_text(encoding="utf-8"))
     if len(ids) < 2:
         generate.refuse(f"--text {own.text} has {len(ids)} tokens, expected 2 or more")
     say = lambda done, total: generate.say(f"\r{done}/{len(ids)}: {math.exp(-total / (done - 1)):.4f}", end="")
     total = log_likelihood(engine, ids, min(own.window, model.config.context), own.stride, say)
-    rate = len(ids) / (time.perf_counter() - start)
     generate.say()
+    rate = len(ids) / engine.seconds["prefill"]
     print(f"perplexity {math.exp(-total / (len(ids) - 1)):.4f} of {len(ids) - 1} tokens, {rate:.0f} tokens/s")
 
 
