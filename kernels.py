@@ -141,7 +141,7 @@ def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale: float, block: Callable,
     """Attention by a kernel of queries [B, G, T, H / G, D], for blocks of 128 tokens or so, which skip the keys behind
     the last one that they may see: [B, T, H * D]. The numbers of tokens and of keys are padded to multiples of what is
     given. The bits depend on none of it where `recipe` has seen so."""
-    (T, L), T_more, L_more = bias.shape[2::2], -len(limit_T) % tokens, -bias.shape[-1] % keys
+    T, T_more, L_more = len(limit_T), -len(limit_T) % tokens, -bias.shape[-1] % keys
     q_BGTRD, parts, size = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2), [], 128 // tokens * tokens
     if T == 1 and not T_more + L_more:
         return block(q_BGTRD, k_BGLD, v_BGLD, bias, scale).transpose(1, 2).flatten(2)

@@ -14,16 +14,12 @@ from scripts import bench  # noqa: E402
 
 def score(engine, ids: list[int], first: int) -> tuple[list[float], bool]:
     """As --score does, the logprobs of ids[first:], each after all before it; and whether all are the likeliest."""
-    logprobs, likeliest = engine.logprobs, []
 
-    def note(logits_TV, ids_T):
-        likeliest.extend((logits_TV.argmax(-1) == ids_T).tolist())
-        return logprobs(logits_TV, ids_T)
+    def both(logits_TV, ids_T):
+        return list(zip(engine.logprobs(logits_TV, ids_T), logits_TV.argmax(-1) == ids_T, strict=True))
 
-    engine.logprobs = note
-    scores = engine.score(ids[:first], ids[first:])
-    del engine.logprobs
-    return scores, all(likeliest[first - 1 :])
+    logprobs, likeliest = zip(*engine.score(ids[:first], ids[first:], both), strict=True)
+    return list(logprobs), all(likeliest)
 
 
 def log_likelihood(engine, ids: list[int], window: int, stride: int, show=lambda done, total: None) -> float:

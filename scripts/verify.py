@@ -92,7 +92,7 @@ def plain_linear(x, packed):
     """No padding, no leaves, no probe. The weight, however it is packed, is what it makes of the unit vectors."""
     if not hasattr(packed, "plain"):
         bias, units = packed(x.new_zeros(1, x.shape[-1])), torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        packed.plain = (packed(units) - bias).T.contiguous(), bias[0]
+        packed.plain = (packed(units) - bias).T.to(x).contiguous(), bias[0].to(x)
     return F.linear(x, *packed.plain)
 
 
