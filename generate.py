@@ -18,8 +18,9 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
+import quantize
 from kernels import BATCH_INVARIANT, FAST
-from model import InputError, ModelConfig, Transformer, load_checkpoint, randomize, read_json, refuse, refusing
+from model import MODES, InputError, ModelConfig, Transformer, load_checkpoint, randomize, read_json, refuse, refusing
 from scripts import bench, download
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "SmolLM2-135M-Instruct"
@@ -357,6 +358,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint_path", type=Path, metavar="DIR", help=f"Hugging Face directory ({DEFAULT_CHECKPOINT.name})")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1 (%(default)s)")
     add("--precision", choices=PRECISIONS, default="bf16", help="of weights and cache (%(default)s)")
+    add("--quantize", choices=MODES[1:], help="weights of linear layers, while loading")
+    add("--group_size", type=int, choices=(32, 64, 128), default=32, help="of int4 (%(default)s)")
     add("--random_weights", type=Path, metavar="CONFIG.json", help="a model of that shape, for benchmarks")
     add("--prompt", action="append", metavar="TEXT", help="repeatable; an integer means so many random tokens")
     add("--prompts_file", type=Path, metavar="FILE", help=".jsonl (prompt, id, seed, max_new_tokens) or text; -: stdin")
@@ -417,9 +420,15 @@ def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
             download.fetch_default(directory)
     config = ModelConfig.from_file(shape or directory / "config.json")
     tokenizer, ops = Tokenizer(None if shape else directory), BATCH_INVARIANT if args.deterministic else FAST
-    model = Transformer(config, ops, torch.device(args.device), PRECISIONS[args.precision])
     progress = lambda i, n: sys.stderr.isatty() and say(f"\rloading {i}/{n}", end="\r" if i < n else "\n")
-    randomize(model) if shape else load_checkpoint(model, directory, progress)
+    fill = lambda model: randomize(model) if shape else load_checkpoint(model, directory, progress)
+    rest = torch.device(args.device), PRECISIONS[args.precision]
+    if args.quantize:
+        target = quantize.quantized(config, args.quantize, args.group_size)
+        model = Transformer(target, quantize.table(ops), *rest)
+        quantize.fill(model, Transformer(config, ops, *rest), fill)
+    else:
+        fill(model := Transformer(config, quantize.table(ops), *rest))
     return model, tokenizer
 
 
@@ -532,7 +541,7 @@ def report(engine: Engine, load_s: float, compile_s: float, as_json: bool) -> No
     stats = {"decode_tokens_per_sec": decode, "prefill_tokens_per_sec": prefill, "time_to_first_token_s": first}
     stats |= {"load_s": load_s, "compile_s": compile_s, "new_tokens": tokens["new"], "model_bytes": model.nbytes}
     stats |= {"bandwidth_gb_s": rate, "accept_counts": engine.accept_counts, "peak_memory_gb": peak}
-    stats |= {"deterministic": model.ops is BATCH_INVARIANT}
+    stats |= {"deterministic": model.ops.attention is BATCH_INVARIANT.attention}
     if as_json:
         print(json.dumps({"stats": stats}), flush=True)
     limit = bench.read_bandwidth(model.device) / 1e9  # only now: it takes memory

@@ -32,7 +32,7 @@ def sliding_window(window: int) -> Callable:
 class Ops:
     """One implementation of each reduction; `pack` and `mask` make what `linear` and `attention` want to be given."""
 
-    pack: Callable  # (weight_NK, bias_N or None, leaves, see leaf_count) -> packed
+    pack: Callable  # (weight_NK, bias_N or None, leaves, see leaf_count; scale and zero, see quantize.py) -> packed
     linear: Callable  # (x, packed) -> x W^T + b
     rms_norm: Callable  # (x, weight, eps), over the last dimension
     silu_mul: Callable  # (gate_up) -> silu(gate) * up, of the two halves
@@ -516,7 +516,7 @@ def triton_log_softmax(x):
 
 
 BATCH_INVARIANT = Ops(
-    pack=lambda weight, *args: (TritonPacked if weight.is_cuda else LeafPacked)(weight, *args),
+    pack=lambda weight, *args, **named: (TritonPacked if weight.is_cuda else LeafPacked)(weight, *args, **named),
     linear=linear,
     rms_norm=lambda x, w, eps: triton_rms_norm(x, w, eps) if x.is_cuda else x / root_mean_square(x, eps) * w,
     silu_mul=silu_mul,

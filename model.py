@@ -18,7 +18,14 @@ FAMILIES = {"LlamaForCausalLM": {"use_sliding_window": False}, "MistralForCausal
 FAMILIES |= {"Qwen2ForCausalLM": {"qkv_bias": True}, "Qwen3ForCausalLM": {"qk_norm": True}}
 ROPE_TYPES = {"default": (), "linear": ("factor",)}
 ROPE_TYPES["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-SUPPORTED = {"architectures": FAMILIES, "hidden_act": ["silu"], "rope_type": ROPE_TYPES, "partial_rotary_factor": [1]}
+MODES = [None, "int8", "int4"]  # of quantization
+SUPPORTED = {
+    "architectures": FAMILIES,
+    "quantization mode": MODES,
+    "hidden_act": ["silu"],
+    "rope_type": ROPE_TYPES,
+    "partial_rotary_factor": [1],
+}
 KVCache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, n_kv_heads, length, head_dim]
 called = lambda name: field(metadata={"name": name})  # by config.json, or by a family
 whole_blocks = lambda length: -(-length // 64) * 64  # keys, whose products oneDNN computes faster in whole blocks
@@ -67,6 +74,8 @@ class ModelConfig:
     norm_eps: float
     windows: tuple[int | None, ...]  # each layer's sliding window, None where attention is full
     rope: dict  # rope_theta, rope_type and what ROPE_TYPES names for it
+    mode: str | None = None  # how the weights of linear layers are quantized; the head is int8 in either mode
+    group_size: int = 32  # weights of int4 that share a scale
 
     @classmethod
     def from_file(cls, path: Path) -> "ModelConfig":
@@ -79,6 +88,8 @@ class ModelConfig:
             rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta")} | raw.get("rope_scaling", {})
             rope = {"rope_type": rope.get("type", "default")} | rope
             raw |= rope | {"architectures": (raw["architectures"] or [None])[0]}
+            quantized = raw.get("quantization_config", {"mode": None, "group_size": 32})
+            raw |= {"quantization mode": quantized.get("mode", quantized.get("quant_method")), **quantized}
             for name, choices in SUPPORTED.items():
                 if raw[name] not in choices:
                     refuse(f"{name} {raw[name]} is not supported, choose from {', '.join(map(str, choices))}")
@@ -92,11 +103,21 @@ class ModelConfig:
             windows = tuple(size("sliding_window") if windowed and slide else None for slide in slides)
             read = {int: size, bool: lambda name: bool(raw.get(name))}
             values = {f.name: read[f.type](f.metadata["name"]) for f in fields(cls) if f.metadata}
+            values |= {"mode": raw["quantization mode"], "group_size": size("group_size")}
             config = cls(**values, norm_eps=float(raw["rms_norm_eps"]), windows=windows, rope=rope)
             rope_table(config, 1)  # raises for settings that are missing or wrong
             if n_heads % config.n_kv_heads or config.head_dim % 2 or len(windows) != n_layers:
                 refuse("expected KV heads that divide the heads, an even head_dim and a layer_type for each layer")
             return config
+
+
+def weight_parts(mode: str | None, rows: int, in_features: int, group_size: int) -> dict[str, tuple[int, int]]:
+    """What a weight is in a checkpoint, and its shape; quantized it is (weight - zero) * scale, two int4 to a byte."""
+    if mode == "int4" and in_features % group_size:
+        refuse(f"group_size {group_size} does not divide the {in_features} inputs of a layer, choose from 32, 64, 128")
+    groups = rows, in_features // group_size
+    quantized = {"int8": {"scale": (rows, 1)}, "int4": {"scale": groups, "zero": groups}}
+    return {"weight": (rows, in_features // 2 if mode == "int4" else in_features)} | quantized.get(mode, {})
 
 
 def rope_table(config: ModelConfig, length: int) -> Tensor:
@@ -128,15 +149,21 @@ class Linear(Layer):
     the input are cut into leaves where tensor parallelism can `cut` them."""
 
     def __init__(self, model: "Transformer", parts: dict[str, int], in_features: int, bias: bool, cut: bool = False):
-        shapes = {f"{name}.weight": (rows, in_features) for name, rows in parts.items()}
-        super().__init__(model, shapes | {f"{name}.bias": (rows,) for name, rows in parts.items() if bias})
-        self.leaves = leaf_count(self.config.n_kv_heads, in_features) if cut else 1
+        config = model.config
+        mode = "int8" if config.mode and "lm_head" in parts else config.mode
+        kinds = {name: weight_parts(mode, rows, in_features, config.group_size) for name, rows in parts.items()}
+        kinds = {name: kinds[name] | ({"bias": (rows,)} if bias else {}) for name, rows in parts.items()}
+        super().__init__(model, {f"{name}.{kind}": shape for name in kinds for kind, shape in kinds[name].items()})
+        self.leaves = leaf_count(config.n_kv_heads, in_features, max(config.group_size, 32)) if cut else 1
 
     def load(self, tensors: list[Tensor], mapped: bool) -> int:
-        parts = [[tensor for tensor in tensors if tensor.dim() == dim] for dim in (2, 1)]
-        # cat copies, so nothing stays in the mapped file.
-        weight, bias = (torch.cat(part).to(self.device, self.dtype) if part else None for part in parts)
-        self.packed = self.ops.pack(weight, bias, self.leaves)
+        parts = dict.fromkeys(name.rpartition(".")[2] for name in self.shapes)
+        for kind in parts:  # cat copies, so nothing stays in the mapped file
+            named = zip(self.shapes, tensors, strict=True)
+            parts[kind] = torch.cat([tensor for name, tensor in named if name.endswith(f".{kind}")]).to(self.device)
+        if "scale" not in parts:
+            parts = {kind: tensor.to(self.dtype) for kind, tensor in parts.items()}
+        self.packed = self.ops.pack(**parts, leaves=self.leaves)
         return self.packed.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -269,8 +296,10 @@ def load_checkpoint(model: Transformer, directory: Path, progress=lambda done, t
             refuse(f"{directory}: tensor {min(names)} is {problem} ({len(names)} in all)")
     for name, shape in shapes.items():
         dtype, got = slices[name].get_dtype(), slices[name].get_shape()
-        if got != shape or dtype not in ("BF16", "F16", "F32"):
-            refuse(f"{directory}: tensor {name} is {dtype} {got}, expected BF16, F16 or F32 {shape}")
+        stem = name.removesuffix("weight")
+        expected = "U8" if f"{stem}zero" in shapes else "I8" if f"{stem}scale" in shapes else "BF16, F16 or F32"
+        if got != shape or dtype not in expected:
+            refuse(f"{directory}: tensor {name} is {dtype} {got}, expected {expected} {shape}")
     for done, layer in enumerate(layers, start=1):
         model.nbytes += layer.load([slices[name][:] for name in layer.shapes], mapped=True)
         progress(done, len(layers))
