@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import functools
 import itertools
 import json
 import os
@@ -426,7 +427,8 @@ def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
     if args.quantize:
         target = quantize.quantized(config, args.quantize, args.group_size)
         model = Transformer(target, quantize.table(ops), *rest)
-        quantize.fill(model, Transformer(config, ops, *rest), fill)
+        sink = functools.partial(quantize.load_named, model)
+        quantize.convert(Transformer(config, ops, *rest), target, fill, sink)
     else:
         fill(model := Transformer(config, quantize.table(ops), *rest))
     return model, tokenizer

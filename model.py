@@ -22,6 +22,7 @@ MODES = [None, "int8", "int4"]  # of quantization
 SUPPORTED = {
     "architectures": FAMILIES,
     "quantization mode": MODES,
+    "group_size": (32, 64, 128),
     "hidden_act": ["silu"],
     "rope_type": ROPE_TYPES,
     "partial_rotary_factor": [1],
@@ -89,7 +90,8 @@ class ModelConfig:
             rope = {"rope_type": rope.get("type", "default")} | rope
             raw |= rope | {"architectures": (raw["architectures"] or [None])[0]}
             quantized = raw.get("quantization_config", {"mode": None, "group_size": 32})
-            raw |= {"quantization mode": quantized.get("mode", quantized.get("quant_method")), **quantized}
+            raw |= {"quantization mode": quantized.get("mode", quantized.get("quant_method"))}
+            raw |= {"group_size": quantized.get("group_size", 32)}
             for name, choices in SUPPORTED.items():
                 if raw[name] not in choices:
                     refuse(f"{name} {raw[name]} is not supported, choose from {', '.join(map(str, choices))}")
@@ -103,7 +105,7 @@ class ModelConfig:
             windows = tuple(size("sliding_window") if windowed and slide else None for slide in slides)
             read = {int: size, bool: lambda name: bool(raw.get(name))}
             values = {f.name: read[f.type](f.metadata["name"]) for f in fields(cls) if f.metadata}
-            values |= {"mode": raw["quantization mode"], "group_size": size("group_size")}
+            values |= {"mode": raw["quantization mode"], "group_size": raw["group_size"]}
             config = cls(**values, norm_eps=float(raw["rms_norm_eps"]), windows=windows, rope=rope)
             rope_table(config, 1)  # raises for settings that are missing or wrong
             if n_heads % config.n_kv_heads or config.head_dim % 2 or len(windows) != n_layers:

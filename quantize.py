@@ -1,12 +1,12 @@
-"""int8 and int4 weights of linear layers, and the command that writes them to a checkpoint directory of their own.
+"""int8 and int4 weights of linear layers, and the command that writes a checkpoint directory of them.
 
-python quantize.py --mode int4 --group_size 32                      the default model, into DIR-int4-g32
-python quantize.py --checkpoint_path DIR --mode int8 --out NEW
-python quantize.py --mode int4-gptq --group_size 64 --calibration TEXT    rounded so that outputs on that text change least
+python quantize.py --mode int4                                   the default model, into DIR-int4-g32
+python quantize.py --mode int8 --checkpoint_path DIR --out NEW
+python quantize.py --mode int4-gptq --calibration FILE --group_size 64      least change of outputs on that text
 
-A weight w [N, K] lies on disk, for every device, as codes with w = (code - zero) * scale: int8 [N, K] with an fp32 scale
-a row and no zero, or uint8 [N, K / 2], the low nibble at even k, with scale and zero [N, K / group]. Packing for a
-kernel happens at load. The head is int8 in either mode: its int4 product is no faster, and worse."""
+A weight [N, K] is (code - zero) * scale on disk: int8 [N, K] with a scale a row and no zero, or uint8 [N, K / 2], the
+low nibble at even k, with scale and zero [N, K / group]. Packing for a device happens at load. The head is int8 in either
+mode (its int4 product is no faster on a CPU), a copy of its own where it was tied."""
 
 import functools
 import json
@@ -36,8 +36,8 @@ def cut(part: Tensor, dim: int, rank: int, size: int) -> Tensor:
 
 
 class Int8Linear(Packed):
-    """8-bit weights with a scale a row, on a CPU times activations rounded to 8 bits by token and leaf. Sums are of
-    integers, so exact: bits depend on neither M nor threads."""
+    """8-bit weights with a scale a row. On a CPU activations are two 8-bit numbers, the second for what the first leaves
+    (one alone costs 4 % of perplexity), with a scale a token and leaf. Sums of integers are exact at every M."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, leaves: int, scale: Tensor):
         super().__init__(weight[:0], bias)
@@ -51,13 +51,15 @@ class Int8Linear(Packed):
         return {"weight": (weight / scale).round().to(torch.int8), "scale": scale}
 
     def __call__(self, x: Tensor) -> Tensor:
-        parts = x.float() if self.leaves == 1 else x.float().unflatten(-1, (self.leaves, -1))
+        parts = x.float().unflatten(-1, (self.leaves, -1))
         top = parts.abs().amax(-1, keepdim=True).clamp(min=TINY)
-        codes = (parts * (127 / top)).round().to(torch.int8)
-        if self.leaves > 1:  # a row for each leaf, zero outside it: all of them in one product
-            codes = (codes.unsqueeze(-2) * torch.eye(self.leaves, dtype=torch.int8).unsqueeze(-1)).flatten(-2)
-        y = int8_product(codes, self.handle, self.out_features) * (top * (1 / 127))
-        return add_leaves(y.unsqueeze(0) if self.leaves == 1 else y.movedim(-2, 0), self.bias, x.dtype)
+        exact = parts * (127 / top)
+        high = exact.round()
+        codes = torch.stack((high, ((exact - high) * 254).round()), dim=-2).to(torch.int8)
+        if self.leaves > 1:  # zero outside a leaf: all of them in one product
+            codes = (codes.unsqueeze(-2) * torch.eye(self.leaves, dtype=torch.int8)[:, None, :, None]).flatten(-2)
+        high, low = int8_product(codes, self.handle, self.out_features).unbind(-2)
+        return add_leaves(((high + low * (1 / 254)) * (top * (1 / 127))).movedim(-2, 0), self.bias, x.dtype)
 
 
 @opaque(
@@ -181,7 +183,7 @@ def quantized(config: ModelConfig, mode: str, group_size: int) -> ModelConfig:
 
 def convert(source: Transformer, config: ModelConfig, fill: Callable, sink: Callable, rounded: Callable | None = None):
     """Have `fill` load the source; instead, each layer's tensors, quantized as `config` says, go by name to `sink`."""
-    rounded = rounded or (lambda layer, name, weight, mode: LINEARS[mode].from_float(weight, config.group_size))
+    nearest = lambda layer, weight, mode: LINEARS[mode].from_float(weight, config.group_size)
 
     def feed(layer: Layer, tensors: list[Tensor], mapped: bool) -> int:
         named = dict(zip(layer.shapes, tensors, strict=True))
@@ -190,8 +192,8 @@ def convert(source: Transformer, config: ModelConfig, fill: Callable, sink: Call
             weights = {"lm_head.weight": tensors[0]} if source.config.tied else {}
         for name, weight in weights.items():
             mode = "int8" if name == "lm_head.weight" else config.mode
-            parts = rounded(layer, name, weight, mode)
-            named |= {f"{name.removesuffix('weight')}{kind}": part for kind, part in parts.items()}
+            parts = (nearest if mode == "int8" else rounded or nearest)(layer, weight, mode)
+            named |= {name.removesuffix("weight") + kind: part for kind, part in parts.items()}
         sink(named, mapped)
         return 0
 
@@ -200,12 +202,132 @@ def convert(source: Transformer, config: ModelConfig, fill: Callable, sink: Call
     fill(source)
 
 
-def fill(model: Transformer, source: Transformer, fill: Callable) -> None:
-    """Fill a quantized model as `fill` would the float one, of which it holds one layer at a time."""
+def load_named(model: Transformer, named: dict[str, Tensor], mapped: bool) -> None:
+    """Fill those layers of a model whose tensors are given."""
+    for layer in model.takers:
+        if named.keys() >= layer.shapes.keys():
+            model.nbytes += layer.load([named[name] for name in layer.shapes], mapped)
 
-    def sink(named: dict[str, Tensor], mapped: bool):
-        for layer in model.takers:
-            if next(iter(layer.shapes)) in named:
-                model.nbytes += layer.load([named[name] for name in layer.shapes], mapped)
 
-    convert(source, model.config, fill, sink)
+class Calibration:
+    """GPTQ (Frantar et al. 2022): the inputs of a layer are rounded one after the other, and those still to come
+    make up for what that changes in the outputs on a text. The `model` that reads it has its blocks rounded one by one."""
+
+    def __init__(self, model: Transformer, windows_NT: Tensor, group_size: int):
+        self.model, self.group_size, self.factors, self.blocks = model, group_size, {}, iter(())
+        (_, T), config, self.cache = windows_NT.shape, model.config, model.new_cache(1, windows_NT.shape[1])
+        pos = torch.arange(T)[None]
+        self.rotary_pos = *model.rope[pos].unsqueeze(2).unbind(3), pos
+        sizes = pos, T, (config.n_heads, config.n_kv_heads), model.dtype
+        self.masks = [model.ops.mask(model.mask_mods[window], *sizes) for window in config.windows]
+        self.hidden, self.done = [model.embed(tokens_T[None]).float() for tokens_T in windows_NT], 0
+
+    def forward(self) -> list[Tensor]:
+        """What the next block makes of every window."""
+        attention, ffn = self.model.layers[self.done]
+        args = (
+            *self.rotary_pos,
+            self.masks[self.done],
+            *(x[:, :, : len(self.hidden[0][0])] for x in self.cache[self.done]),
+        )
+        return [ffn(attention(x, *args)) for x in self.hidden]
+
+    def measure(self) -> None:
+        """For each linear layer of the next block, the factor U of H^-1 = U^T U, H the sum of x^T x over its inputs."""
+        if self.factors:
+            self.hidden, self.done = self.forward(), self.done + 1
+        sums, self.factors = {}, {}
+
+        def add(layer, args):
+            x = args[0].flatten(0, -2).float()
+            sums[layer] = sums.get(layer, 0) + x.T @ x
+
+        layers = [layer for layer in self.model.layers[self.done].modules() if hasattr(layer, "packed")]
+        hooks = [layer.register_forward_pre_hook(add) for layer in layers]
+        self.forward()
+        for layer, hook in zip(layers, hooks, strict=True):
+            hook.remove()
+            diagonal = sums[layer].diagonal()
+            diagonal += 0.01 * diagonal.mean() + (diagonal == 0)
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(sums[layer]))
+            self.factors[tuple(layer.shapes)] = torch.linalg.cholesky(inverse, upper=True)
+
+    def __call__(self, layer: Layer, weight: Tensor, mode: str) -> dict[str, Tensor]:
+        while tuple(layer.shapes) not in self.factors:
+            self.measure()
+        w, factor, codes, grids = weight.float(), self.factors[tuple(layer.shapes)], [], []
+        for start in range(0, w.shape[1], self.group_size):
+            group, later = w[:, start : start + self.group_size], w[:, start + self.group_size :]
+            rows = factor[start : start + self.group_size, start:]
+            grids.append(Int4Linear.grid(group))
+            scale, zero = (part.float() for part in grids[-1])
+            errors = []
+            for j, row in enumerate(rows):
+                codes.append((group[:, j] / scale + zero).round().clamp(0, 15))
+                errors.append((group[:, j] - (codes[-1] - zero) * scale) / row[j])
+                group[:, j:] -= errors[-1][:, None] * row[j : self.group_size]
+            later -= torch.stack(errors, dim=1) @ rows[:, self.group_size :]
+        return Int4Linear.parts(*(torch.stack(parts, dim=1) for parts in (codes, *zip(*grids, strict=True))))
+
+
+@torch.inference_mode()
+def main(own, argv: list[str]) -> None:
+    mode, directory = own.mode.removesuffix("-gptq"), Path(own.checkpoint_path)
+    if argv or mode not in LINEARS or own.mode == "int8-gptq" or bool(own.calibration) != (mode != own.mode):
+        refuse("expected --mode int8, --mode int4 or --mode int4-gptq --calibration FILE, see --help")
+    config = ModelConfig.from_file(directory / "config.json")
+    target = quantized(config, mode, own.group_size)
+    name = directory.resolve().name + f"-{own.mode}" + (f"-g{own.group_size}" if mode == "int4" else "")
+    out = Path(own.out or directory.resolve().with_name(name))
+    if out.exists():
+        refuse(f"{out} exists: move it away or choose another --out")
+    build = lambda config: Transformer(config, table(FAST), torch.device("cpu"), torch.bfloat16)
+    progress = lambda i, n: sys.stderr.isatty() and print(f"\r{i}/{n}", end="\r" if i < n else "\n", file=sys.stderr)
+    fill, rounded, model = lambda model: load_checkpoint(model, directory, progress), None, build(target)
+    if own.calibration:
+        import generate
+
+        ids = generate.Tokenizer(directory).encode(Path(own.calibration).read_text(encoding="utf-8"))
+        window = min(1024, config.context, len(ids))
+        fill(reader := build(config))
+        windows = torch.tensor(ids[: min(own.tokens, len(ids)) // window * window]).view(-1, window)
+        rounded = Calibration(reader, windows, own.group_size)
+    shard, places = {}, {}
+
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as tmp:
+        (work := Path(tmp, out.name)).mkdir()  # a TemporaryDirectory itself is closed to other users
+
+        def flush():
+            file = f"model-{len(set(places.values())) + 1:05}.safetensors"
+            save_file(shard, work / file, {"format": "pt"})
+            (work / file).chmod(0o644)  # safetensors leaves it closed to other users
+            places.update(dict.fromkeys(shard, file))
+            shard.clear()
+
+        def sink(named: dict[str, Tensor], mapped: bool):
+            shard.update(named)
+            if sum(tensor.nbytes for tensor in shard.values()) > 1 << 30:
+                flush()
+            if rounded:
+                load_named(model, named, mapped)
+                for layer, twin in zip(reader.layers.modules(), model.layers.modules(), strict=True):
+                    if hasattr(twin, "packed"):
+                        layer.packed = twin.packed
+
+        convert(build(config), target, fill, sink, rounded)
+        flush()
+        for path in directory.iterdir():
+            if path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.startswith("model"):
+                shutil.copy(path, work)
+        (work / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        how = {"quant_method": "gpt-exact", "mode": mode, "group_size": own.group_size}
+        config = read_json(directory / "config.json") | {"tie_word_embeddings": False, "quantization_config": how}
+        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        work.rename(out)
+    print(out)
+
+
+if __name__ == "__main__":
+    sys.modules["quantize"] = sys.modules["__main__"]  # what generate.py imports: one copy of this module
+    defaults = {"checkpoint_path": str(DEFAULT), "mode": "", "group_size": 32, "out": "", "calibration": ""}
+    bench.command(main, **defaults, tokens=16384)
