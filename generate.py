@@ -379,6 +379,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--prefill_chunk", **count, default=0, help="feed prompts in chunks of N; 0: whole")
     add("--speculate_k", **count, default=5, help="drafts a round of the two following (%(default)s)")
     add("--draft_checkpoint_path", type=Path, metavar="DIR", help="speculate: a smaller model drafts")
+    add("--draft_quantize", choices=MODES[1:], help="speculate: that model, or without one the model itself, quantized")
     add("--prompt_lookup", action="store_true", help="speculate: draft what followed the same words before")
     add("--compile", action="store_true", help="torch.compile decoding")
     add("--compile_prefill", action="store_true", help="torch.compile prefill")
@@ -394,7 +395,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if not low <= (value := getattr(args, flag)) <= high:
             refuse(f"--{flag} {value} is out of range, expected {low} to {high:g}")
     rivals = ["score interactive prompts_file prompt", "random_weights checkpoint_path", "random_weights chat"]
-    rivals += ["draft_checkpoint_path prompt_lookup"]
+    rivals += ["draft_checkpoint_path prompt_lookup", "draft_quantize prompt_lookup"]
     rivals += [f"interactive {flag}" for flag in ("random_weights", "json", "output")]
     for given in [[flag for flag in row.split() if getattr(args, flag)] for row in rivals]:
         if len(given) > 1:
@@ -436,9 +437,12 @@ def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
 
 def load_draft(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, length: int) -> Callable | None:
     """What drafts, by the flags; raises InputError for a model of another vocabulary."""
-    if not (directory := args.draft_checkpoint_path):
+    directory = args.draft_checkpoint_path
+    if not (directory or args.draft_quantize):
         return PromptLookup() if args.prompt_lookup else None
-    other = {"checkpoint_path": directory, "random_weights": None}
+    other = {"quantize": args.draft_quantize} | (
+        {"checkpoint_path": directory, "random_weights": None} if directory else {}
+    )
     draft, words = load(argparse.Namespace(**vars(args) | other))
     if words.vocab() != tokenizer.vocab() or draft.config.vocab_size != model.config.vocab_size:
         refuse(f"--draft_checkpoint_path {directory} has another vocabulary than the model, expected the same")

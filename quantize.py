@@ -5,8 +5,8 @@ python quantize.py --mode int8 --checkpoint_path DIR --out NEW
 python quantize.py --mode int4-gptq --calibration FILE --group_size 64      least change of outputs on that text
 
 A weight [N, K] is (code - zero) * scale on disk: int8 [N, K] with a scale a row and no zero, or uint8 [N, K / 2], the
-low nibble at even k, with scale and zero [N, K / group]. Packing for a device happens at load. The head is int8 in either
-mode (its int4 product is no faster on a CPU), a copy of its own where it was tied."""
+low nibble at even k, with scale and zero [N, K / group]. Packing for a device happens at load. The head is int8 in
+either mode (int4 would be no faster on a CPU), and a copy of its own where it was tied."""
 
 import functools
 import json
@@ -23,11 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels import BATCH_INVARIANT, FAST, Ops, Packed, TritonPacked, add_leaves, linear, opaque
-from model import Layer, ModelConfig, Transformer, load_checkpoint, read_json, refuse
-from scripts import bench
-
-DEFAULT = Path(__file__).parent / "checkpoints" / "SmolLM2-135M-Instruct"
-TINY = 1e-30  # stands in for the scale of zeros
+from model import ModelConfig, Transformer, load_checkpoint, read_json, refuse, refusing
+from scripts import bench, download
 
 
 def cut(part: Tensor, dim: int, rank: int, size: int) -> Tensor:
@@ -36,8 +33,8 @@ def cut(part: Tensor, dim: int, rank: int, size: int) -> Tensor:
 
 
 class Int8Linear(Packed):
-    """8-bit weights with a scale a row. On a CPU activations are two 8-bit numbers, the second for what the first leaves
-    (one alone costs 4 % of perplexity), with a scale a token and leaf. Sums of integers are exact at every M."""
+    """8-bit weights with a scale a row. On a CPU an activation is two 8-bit numbers, the second for what the first one
+    leaves (one alone costs 4 % of perplexity), with a scale a token and leaf. Sums of integers are exact at every M."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, leaves: int, scale: Tensor):
         super().__init__(weight[:0], bias)
@@ -46,26 +43,27 @@ class Int8Linear(Packed):
         self.scale, self.zero = scale.float().flatten(), torch.zeros(len(weight), dtype=torch.int32)
 
     @staticmethod
-    def from_float(weight: Tensor, group_size: int) -> dict[str, Tensor]:
-        scale = weight.float().abs().amax(1, keepdim=True).clamp(min=TINY) / 127
+    def from_float(weight: Tensor, group_size: int, factor: None = None) -> dict[str, Tensor]:
+        scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
         return {"weight": (weight / scale).round().to(torch.int8), "scale": scale}
 
     def __call__(self, x: Tensor) -> Tensor:
         parts = x.float().unflatten(-1, (self.leaves, -1))
-        top = parts.abs().amax(-1, keepdim=True).clamp(min=TINY)
-        exact = parts * (127 / top)
-        high = exact.round()
-        codes = torch.stack((high, ((exact - high) * 254).round()), dim=-2).to(torch.int8)
+        top = parts.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        whole = parts * (127 / top)
+        high = whole.round()
+        codes = torch.stack((high, ((whole - high) * 254).round()), dim=-2).to(torch.int8)
         if self.leaves > 1:  # zero outside a leaf: all of them in one product
             codes = (codes.unsqueeze(-2) * torch.eye(self.leaves, dtype=torch.int8)[:, None, :, None]).flatten(-2)
         high, low = int8_product(codes, self.handle, self.out_features).unbind(-2)
         return add_leaves(((high + low * (1 / 254)) * (top * (1 / 127))).movedim(-2, 0), self.bias, x.dtype)
 
 
-@opaque(
-    "int8_product(Tensor codes, int handle, int n) -> Tensor",
-    lambda codes, handle, n: codes.new_empty(*codes.shape[:-1], n, dtype=torch.float32),
-)
+def int8_output(codes: Tensor, handle: int, n: int) -> Tensor:
+    return codes.new_empty(*codes.shape[:-1], n, dtype=torch.float32)
+
+
+@opaque("int8_product(Tensor codes, int handle, int n) -> Tensor", int8_output)
 def int8_product(codes, handle, n, op=torch.ops.onednn.qlinear_pointwise.default):
     w = Packed.table[handle]
     return op(codes, 1.0, 0, w.weight, w.scale, w.zero, None, 1.0, 0, torch.float32, "none", [], "")
@@ -78,77 +76,75 @@ def nibbles(codes: Tensor) -> Tensor:
 
 class Int4Linear(Packed):
     """4-bit weights with a scale and a zero for each group along K. PyTorch's kernel for a CPU adds up in one order at
-    every M; many rows are faster, and other bits, with the weight expanded: for those who do not mind (`exact`)."""
-
-    EXPAND = 48  # rows
+    every M; for many rows it is slow, and where bits do not matter (not `exact`) the weight is expanded."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, leaves: int, scale: Tensor, zero: Tensor, exact: bool):
         super().__init__(weight[:0], bias)
-        N, K, self.out_features = len(weight), 2 * weight.shape[1], len(weight)
-        self.nbytes, self.exact, self.opaque, self.leaves = self.nbytes + weight.nbytes, exact, leaves == 1, []
+        self.nbytes += weight.nbytes + 4 * scale.numel()
+        self.exact, self.opaque, self.leaves, self.out_features = exact, leaves == 1, [], len(weight)
         if leaves > 1:
             chunks = zip(*(part.chunk(leaves, dim=1) for part in (weight, scale, zero)), strict=True)
-            self.leaves = [Int4Linear(w, None, 1, s, z, exact) for w, s, z in chunks]
-            self.nbytes += sum(leaf.nbytes - leaf.weight.nbytes for leaf in self.leaves)
-            self.weight = None
+            self.leaves, self.weight = [Int4Linear(w, None, 1, s, z, exact) for w, s, z in chunks], None
             return
-        codes = F.pad(nibbles(weight).int(), (0, 0, 0, -N % 64))  # whole blocks of the kernel
-        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        scale = F.pad(scale.float(), (0, 0, 0, -N % 64)).T
-        low = scale * (8 - F.pad(zero.float(), (0, 0, 0, -N % 64)).T)
-        self.group, self.scales = K // len(scale), torch.stack((scale, low), dim=-1)
-        self.nbytes += scale.numel() * 4
+        weight, scale, zero = (F.pad(x, (0, 0, 0, -len(x) % 64)) for x in (nibbles(weight).int(), scale, zero))
+        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight, 1)
+        self.group, scale = weight.shape[1] // scale.shape[1], scale.float()
+        self.scale_low = torch.stack((scale, scale * (8 - zero.float())), dim=-1).transpose(0, 1).contiguous()
 
     @staticmethod
-    def from_float(weight: Tensor, group_size: int) -> dict[str, Tensor]:
-        """Rounded to nearest between the least and the largest of each group, zero among them."""
-        groups = weight.float().unflatten(1, (-1, group_size))
-        scale, zero = Int4Linear.grid(groups)
-        codes = (groups / scale[..., None].float() + zero[..., None]).round().clamp(0, 15)
-        return Int4Linear.parts(codes.flatten(1), scale, zero)
-
-    @staticmethod
-    def grid(groups: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale (bf16) and zero (fp16) of groups of weights that lie along the last dimension."""
-        least, most = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-        scale = ((most - least) / 15).clamp(min=TINY).bfloat16()
+    def grid(weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale (bf16) and zero (fp16) of a group along the last dimension: 0 and what lies farthest can be had."""
+        least, most = weights.amin(-1).clamp(max=0), weights.amax(-1).clamp(min=0)
+        scale = ((most - least) / 15).clamp(min=1e-30).bfloat16()
         return scale, (-least / scale.float()).half()
 
     @staticmethod
-    def parts(codes: Tensor, scale: Tensor, zero: Tensor) -> dict[str, Tensor]:
-        codes = codes.to(torch.uint8)
-        return {"weight": codes[:, ::2] | codes[:, 1::2] << 4, "scale": scale, "zero": zero}
+    def from_float(weight: Tensor, group_size: int, factor: Tensor | None = None) -> dict[str, Tensor]:
+        """Rounded to nearest; with a factor U of H^-1 = U^T U, where H is the sum of x^T x over inputs x, one input
+        after the other, and those still to come make up for it (GPTQ, Frantar et al. 2022)."""
+        weight, codes, grids = weight.to(torch.float32, copy=True), [], []
+        for start in range(0, weight.shape[1], group_size):
+            group, later = weight[:, start:].split((group_size, weight.shape[1] - start - group_size), dim=1)
+            grids.append(Int4Linear.grid(group))
+            scale, zero = (x.float().unsqueeze(1) for x in grids[-1])
+            nearest = lambda w, scale=scale, zero=zero: (w / scale + zero).round().clamp(0, 15)
+            if factor is None:
+                codes.append(nearest(group))
+                continue
+            errors, rows = torch.zeros_like(group), factor[start : start + group_size, start:]
+            for j, row in enumerate(rows):
+                codes.append(nearest(group[:, j, None]))
+                errors[:, j, None] = (group[:, j, None] - (codes[-1] - zero) * scale) / row[j]
+                group[:, j:] -= errors[:, j, None] * row[j:group_size]
+            later -= errors @ rows[:, group_size:]
+        codes, (scale, zero) = torch.cat(codes, dim=1).to(torch.uint8), zip(*grids, strict=True)
+        packed = codes[:, ::2] | codes[:, 1::2] << 4
+        return {"weight": packed, "scale": torch.stack(scale, dim=1), "zero": torch.stack(zero, dim=1)}
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.leaves:
             pairs = zip(x.chunk(len(self.leaves), dim=-1), self.leaves, strict=True)
             return add_leaves(torch.stack([linear(*pair) for pair in pairs]), self.bias, x.dtype)
-        x_MK = x.reshape(-1, x.shape[-1])
-        if self.scales.dtype != x.dtype:
-            self.scales = self.scales.to(x.dtype)
-        if len(x_MK) < self.EXPAND or self.exact or not expands(x.dtype):
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK.contiguous(), self.weight, self.group, self.scales)
+        x_MK, self.scale_low = x.reshape(-1, x.shape[-1]).contiguous(), self.scale_low.to(x.dtype)
+        if self.exact or len(x_MK) < 48 or not expands(x.dtype):
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK, self.weight, self.group, self.scale_low)
         else:
             y = x_MK @ self.expanded()
         y = y[:, : self.out_features].view(*x.shape[:-1], -1)
         return y if self.bias is None else add_leaves(y[None], self.bias, x.dtype)
 
     def expanded(self) -> Tensor:
-        """The weight [K, N] that the kernel computes with, out of the layout that it has with AVX-512: blocks of 64
-        rows, a byte for rows i and i + 32."""
-        bytes_KN = self.weight.view(-1, self.scales.shape[0] * self.group, 32).transpose(0, 1)
+        """The weight [K, N] that the kernel computes with, out of its layout with AVX-512: bytes for rows i, i + 32."""
+        bytes_KN = self.weight.view(-1, len(self.scale_low) * self.group, 32).transpose(0, 1)
         codes = torch.cat((bytes_KN & 15, bytes_KN >> 4), dim=-1).sub_(8).view(torch.int8)
-        scale, low = self.scales.unsqueeze(1).unbind(-1)
+        scale, low = self.scale_low.unsqueeze(1).unbind(-1)
         return torch.addcmul(low, codes.view(-1, self.group, scale.shape[-1]).to(scale.dtype), scale).flatten(0, 1)
 
 
 @functools.cache
 def expands(dtype: torch.dtype) -> bool:
-    """Whether a product with one-hot rows gives back the expanded weight: this machine has the layout expected."""
-    draw = torch.Generator().manual_seed(0)
-    codes = torch.randint(256, (128, 32), dtype=torch.uint8, generator=draw)
-    scale, zero = torch.rand(2, 128, 2, generator=draw)
-    layer = Int4Linear(codes, None, 1, scale, zero, exact=True)
+    """Whether this machine has that layout: a product with one-hot rows gives back the expanded weight."""
+    layer = Int4Linear(torch.arange(4096).view(128, 32).to(torch.uint8), None, 1, *torch.rand(2, 128, 2), exact=True)
     return torch.equal(layer(torch.eye(64, dtype=dtype)), layer.expanded())
 
 
@@ -159,40 +155,34 @@ def table(ops: Ops) -> Ops:
     """The same table, which also packs quantized weights."""
 
     def pack(weight, bias=None, leaves=1, scale=None, zero=None):
+        exact = ops is BATCH_INVARIANT
         if scale is None:
             return ops.pack(weight, bias, leaves)
-        exact = ops is BATCH_INVARIANT
-        leaves = leaves if exact else 1
         if weight.is_cuda:
-            return TritonPacked(weight, bias, leaves, scale, zero)
-        return (
-            Int8Linear(weight, bias, leaves, scale)
-            if zero is None
-            else Int4Linear(weight, bias, leaves, scale, zero, exact)
-        )
+            return TritonPacked(weight, bias, leaves if exact else 1, scale, zero)
+        kind, rest = (Int8Linear, ()) if zero is None else (Int4Linear, (zero, exact))
+        return kind(weight, bias, leaves if exact else 1, scale, *rest)
 
     return replace(ops, pack=pack)
 
 
 def quantized(config: ModelConfig, mode: str, group_size: int) -> ModelConfig:
-    """What a model is after quantization; a head that was tied is a copy."""
+    """What a model is after quantization."""
     if config.mode:
         refuse(f"the checkpoint is {config.mode} already, expected one that is not quantized")
     return replace(config, mode=mode, group_size=group_size, tied=False)
 
 
-def convert(source: Transformer, config: ModelConfig, fill: Callable, sink: Callable, rounded: Callable | None = None):
+def convert(source: Transformer, config: ModelConfig, fill: Callable, sink: Callable, factor=lambda name: None) -> None:
     """Have `fill` load the source; instead, each layer's tensors, quantized as `config` says, go by name to `sink`."""
-    nearest = lambda layer, weight, mode: LINEARS[mode].from_float(weight, config.group_size)
 
-    def feed(layer: Layer, tensors: list[Tensor], mapped: bool) -> int:
+    def feed(layer, tensors: list[Tensor], mapped: bool) -> int:
         named = dict(zip(layer.shapes, tensors, strict=True))
-        weights = {name: tensor for name, tensor in named.items() if tensor.dim() == 2}
-        if layer is source.embed:
-            weights = {"lm_head.weight": tensors[0]} if source.config.tied else {}
+        head = {"lm_head.weight": tensors[0]} if source.config.tied else {}
+        weights = head if layer is source.embed else {name: w for name, w in named.items() if w.dim() == 2}
         for name, weight in weights.items():
             mode = "int8" if name == "lm_head.weight" else config.mode
-            parts = (nearest if mode == "int8" else rounded or nearest)(layer, weight, mode)
+            parts = LINEARS[mode].from_float(weight, config.group_size, factor(name) if mode == "int4" else None)
             named |= {name.removesuffix("weight") + kind: part for kind, part in parts.items()}
         sink(named, mapped)
         return 0
@@ -209,125 +199,91 @@ def load_named(model: Transformer, named: dict[str, Tensor], mapped: bool) -> No
             model.nbytes += layer.load([named[name] for name in layer.shapes], mapped)
 
 
-class Calibration:
-    """GPTQ (Frantar et al. 2022): the inputs of a layer are rounded one after the other, and those still to come
-    make up for what that changes in the outputs on a text. The `model` that reads it has its blocks rounded one by one."""
+def calibration(model: Transformer, tokens_NT: Tensor) -> Callable[[str], Tensor]:
+    """The factor of a weight by name, for from_float. The model reads a text block by block, and whoever asks replaces
+    what it has packed for a layer by what was made of that, so that the next block sees inputs as they will be."""
+    (N, T), config, factors, passed = tokens_NT.shape, model.config, {}, []
+    pos_NT, x_NTD, kv_cache = torch.arange(T).expand(N, T), model.embed(tokens_NT).float(), model.new_cache(N, T)[0]
+    cos, sin = model.rope[pos_NT].unsqueeze(2).unbind(3)
 
-    def __init__(self, model: Transformer, windows_NT: Tensor, group_size: int):
-        self.model, self.group_size, self.factors, self.blocks = model, group_size, {}, iter(())
-        (_, T), config, self.cache = windows_NT.shape, model.config, model.new_cache(1, windows_NT.shape[1])
-        pos = torch.arange(T)[None]
-        self.rotary_pos = *model.rope[pos].unsqueeze(2).unbind(3), pos
-        sizes = pos, T, (config.n_heads, config.n_kv_heads), model.dtype
-        self.masks = [model.ops.mask(model.mask_mods[window], *sizes) for window in config.windows]
-        self.hidden, self.done = [model.embed(tokens_T[None]).float() for tokens_T in windows_NT], 0
+    def forward(i: int) -> Tensor:
+        mask_mod, heads = model.mask_mods[config.windows[i]], (config.n_heads, config.n_kv_heads)
+        mask = model.ops.mask(mask_mod, pos_NT, T, heads, model.dtype)
+        return model.layers[i][1](model.layers[i][0](x_NTD, cos, sin, pos_NT, mask, *kv_cache))
 
-    def forward(self) -> list[Tensor]:
-        """What the next block makes of every window."""
-        attention, ffn = self.model.layers[self.done]
-        args = (
-            *self.rotary_pos,
-            self.masks[self.done],
-            *(x[:, :, : len(self.hidden[0][0])] for x in self.cache[self.done]),
-        )
-        return [ffn(attention(x, *args)) for x in self.hidden]
+    def measure(layer, args):
+        x = args[0].flatten(0, -2).float()
+        squares = x.T @ x
+        squares.diagonal().add_(0.01 * squares.diagonal().mean() + (squares.diagonal() == 0))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(squares))
+        factors.update(dict.fromkeys(layer.shapes, torch.linalg.cholesky(inverse, upper=True)))
 
-    def measure(self) -> None:
-        """For each linear layer of the next block, the factor U of H^-1 = U^T U, H the sum of x^T x over its inputs."""
-        if self.factors:
-            self.hidden, self.done = self.forward(), self.done + 1
-        sums, self.factors = {}, {}
+    def factor(name: str) -> Tensor:
+        nonlocal x_NTD
+        while name not in factors:
+            x_NTD = forward(len(passed) - 1) if passed else x_NTD
+            factors.clear()
+            layers = [layer for layer in model.layers[len(passed)].modules() if hasattr(layer, "packed")]
+            hooks = [layer.register_forward_pre_hook(measure) for layer in layers]
+            passed.append(forward(len(passed)).shape)
+            for hook in hooks:
+                hook.remove()
+        return factors[name]
 
-        def add(layer, args):
-            x = args[0].flatten(0, -2).float()
-            sums[layer] = sums.get(layer, 0) + x.T @ x
-
-        layers = [layer for layer in self.model.layers[self.done].modules() if hasattr(layer, "packed")]
-        hooks = [layer.register_forward_pre_hook(add) for layer in layers]
-        self.forward()
-        for layer, hook in zip(layers, hooks, strict=True):
-            hook.remove()
-            diagonal = sums[layer].diagonal()
-            diagonal += 0.01 * diagonal.mean() + (diagonal == 0)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(sums[layer]))
-            self.factors[tuple(layer.shapes)] = torch.linalg.cholesky(inverse, upper=True)
-
-    def __call__(self, layer: Layer, weight: Tensor, mode: str) -> dict[str, Tensor]:
-        while tuple(layer.shapes) not in self.factors:
-            self.measure()
-        w, factor, codes, grids = weight.float(), self.factors[tuple(layer.shapes)], [], []
-        for start in range(0, w.shape[1], self.group_size):
-            group, later = w[:, start : start + self.group_size], w[:, start + self.group_size :]
-            rows = factor[start : start + self.group_size, start:]
-            grids.append(Int4Linear.grid(group))
-            scale, zero = (part.float() for part in grids[-1])
-            errors = []
-            for j, row in enumerate(rows):
-                codes.append((group[:, j] / scale + zero).round().clamp(0, 15))
-                errors.append((group[:, j] - (codes[-1] - zero) * scale) / row[j])
-                group[:, j:] -= errors[-1][:, None] * row[j : self.group_size]
-            later -= torch.stack(errors, dim=1) @ rows[:, self.group_size :]
-        return Int4Linear.parts(*(torch.stack(parts, dim=1) for parts in (codes, *zip(*grids, strict=True))))
+    return factor
 
 
 @torch.inference_mode()
 def main(own, argv: list[str]) -> None:
     mode, directory = own.mode.removesuffix("-gptq"), Path(own.checkpoint_path)
-    if argv or mode not in LINEARS or own.mode == "int8-gptq" or bool(own.calibration) != (mode != own.mode):
+    if argv or own.mode not in ("int8", "int4", "int4-gptq") or bool(own.calibration) != (own.mode == "int4-gptq"):
         refuse("expected --mode int8, --mode int4 or --mode int4-gptq --calibration FILE, see --help")
     config = ModelConfig.from_file(directory / "config.json")
-    target = quantized(config, mode, own.group_size)
-    name = directory.resolve().name + f"-{own.mode}" + (f"-g{own.group_size}" if mode == "int4" else "")
-    out = Path(own.out or directory.resolve().with_name(name))
+    target, suffix = quantized(config, mode, own.group_size), f"-g{own.group_size}" if mode == "int4" else ""
+    out = Path(own.out or f"{directory.resolve()}-{own.mode}{suffix}")
     if out.exists():
         refuse(f"{out} exists: move it away or choose another --out")
     build = lambda config: Transformer(config, table(FAST), torch.device("cpu"), torch.bfloat16)
     progress = lambda i, n: sys.stderr.isatty() and print(f"\r{i}/{n}", end="\r" if i < n else "\n", file=sys.stderr)
-    fill, rounded, model = lambda model: load_checkpoint(model, directory, progress), None, build(target)
+    fill = lambda model: load_checkpoint(model, directory, progress)
+    tensors, model, more = {}, build(target), []
     if own.calibration:
         import generate
 
-        ids = generate.Tokenizer(directory).encode(Path(own.calibration).read_text(encoding="utf-8"))
+        with refusing(f"--calibration {own.calibration} cannot be read", OSError, ValueError):
+            ids = generate.Tokenizer(directory).encode(Path(own.calibration).read_text(encoding="utf-8"))[: own.tokens]
         window = min(1024, config.context, len(ids))
+        if not window:
+            refuse(f"--calibration {own.calibration} has no token")
         fill(reader := build(config))
-        windows = torch.tensor(ids[: min(own.tokens, len(ids)) // window * window]).view(-1, window)
-        rounded = Calibration(reader, windows, own.group_size)
-    shard, places = {}, {}
+        more = [calibration(reader, torch.tensor(ids[: len(ids) // window * window]).view(-1, window))]
 
+    def sink(named: dict[str, Tensor], mapped: bool) -> None:
+        tensors.update(named)
+        if own.calibration:
+            load_named(model, named, mapped)
+            for layer, twin in zip(reader.layers.modules(), model.layers.modules(), strict=True):
+                layer.__dict__ |= {"packed": twin.packed} if hasattr(twin, "packed") else {}
+
+    convert(build(config), target, fill, sink, *more)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as tmp:
         (work := Path(tmp, out.name)).mkdir()  # a TemporaryDirectory itself is closed to other users
-
-        def flush():
-            file = f"model-{len(set(places.values())) + 1:05}.safetensors"
-            save_file(shard, work / file, {"format": "pt"})
-            (work / file).chmod(0o644)  # safetensors leaves it closed to other users
-            places.update(dict.fromkeys(shard, file))
-            shard.clear()
-
-        def sink(named: dict[str, Tensor], mapped: bool):
-            shard.update(named)
-            if sum(tensor.nbytes for tensor in shard.values()) > 1 << 30:
-                flush()
-            if rounded:
-                load_named(model, named, mapped)
-                for layer, twin in zip(reader.layers.modules(), model.layers.modules(), strict=True):
-                    if hasattr(twin, "packed"):
-                        layer.packed = twin.packed
-
-        convert(build(config), target, fill, sink, rounded)
-        flush()
+        save_file(tensors, work / "model.safetensors", {"format": "pt"})
+        (work / "model.safetensors").chmod(0o644)  # safetensors leaves it closed to other users
         for path in directory.iterdir():
-            if path.suffix in (".json", ".jinja", ".model", ".txt") and not path.name.startswith("model"):
+            if path.suffix in (".json", ".jinja", ".model", ".txt") and path.stem not in (
+                "config",
+                "model.safetensors.index",
+            ):
                 shutil.copy(path, work)
-        (work / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
         how = {"quant_method": "gpt-exact", "mode": mode, "group_size": own.group_size}
-        config = read_json(directory / "config.json") | {"tie_word_embeddings": False, "quantization_config": how}
-        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        raw = read_json(directory / "config.json") | {"tie_word_embeddings": False, "quantization_config": how}
+        (work / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         work.rename(out)
     print(out)
 
 
 if __name__ == "__main__":
     sys.modules["quantize"] = sys.modules["__main__"]  # what generate.py imports: one copy of this module
-    defaults = {"checkpoint_path": str(DEFAULT), "mode": "", "group_size": 32, "out": "", "calibration": ""}
+    defaults = {"checkpoint_path": str(download.DEFAULT), "mode": "", "group_size": 32, "out": "", "calibration": ""}
     bench.command(main, **defaults, tokens=16384)
