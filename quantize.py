@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kernels import BATCH_INVARIANT, FAST, Ops, Packed, TritonPacked, add_leaves, linear, opaque
+from kernels import BATCH_INVARIANT, FAST, Ops, Packed, TritonPacked, add_leaves, linear
 from model import ModelConfig, Transformer, load_checkpoint, read_json, refuse, refusing
 from scripts import bench, download
 
@@ -32,41 +32,49 @@ def cut(part: Tensor, dim: int, rank: int, size: int) -> Tensor:
     return part if part.shape[dim] == 1 else part.chunk(size, dim)[rank]
 
 
-class Int8Linear(Packed):
-    """8-bit weights with a scale a row. On a CPU an activation is two 8-bit numbers, the second for what the first one
-    leaves (one alone costs 4 % of perplexity), with a scale a token and leaf. Sums of integers are exact at every M."""
+class Quantized(Packed):
+    """A weight [N, K] packed for PyTorch's kernels on a CPU, which add up in one order at every M but are slow for many
+    rows: there, where bits do not matter (not `exact`), the weight is expanded. Each leaf is rounded once."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, leaves: int, scale: Tensor):
+    def __init__(self, weight, bias, leaves: int, exact: bool, scale, zero=None):
         super().__init__(weight[:0], bias)
-        self.nbytes, self.opaque, self.leaves = self.nbytes + weight.nbytes + scale.nbytes, False, leaves
-        self.weight, self.out_features = torch.ops.onednn.qlinear_prepack(weight, None), len(weight)
-        self.scale, self.zero = scale.float().flatten(), torch.zeros(len(weight), dtype=torch.int32)
+        parts = {"weight": weight, "scale": scale} | ({} if zero is None else {"zero": zero})
+        self.nbytes += sum(part.nbytes for part in parts.values())
+        self.exact, self.opaque, self.out_features, self.leaves = exact, leaves == 1, len(weight), []
+        if leaves > 1:
+            shares = ({kind: cut(part, 1, i, leaves) for kind, part in parts.items()} for i in range(leaves))
+            self.leaves, self.weight = [type(self)(bias=None, leaves=1, exact=exact, **share) for share in shares], None
+        else:
+            self.pack(**parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.leaves:
+            pairs = zip(x.chunk(len(self.leaves), dim=-1), self.leaves, strict=True)
+            return add_leaves(torch.stack([linear(*pair) for pair in pairs]), self.bias, x.dtype)
+        x_MK, self.scale = x.reshape(-1, x.shape[-1]).contiguous(), self.scale.to(x.dtype)
+        few = self.exact or len(x_MK) < self.MANY or not self.expands(x.dtype)
+        y = (self.few if few else self.many)(x_MK)[:, : self.out_features].view(*x.shape[:-1], -1)
+        return y if self.bias is None else add_leaves(y[None], self.bias, x.dtype)
+
+
+class Int8Linear(Quantized):
+    """8-bit weights with a scale a row."""
+
+    MANY, expands = 12, staticmethod(lambda dtype: True)
 
     @staticmethod
     def from_float(weight: Tensor, group_size: int, factor: None = None) -> dict[str, Tensor]:
-        scale = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
-        return {"weight": (weight / scale).round().to(torch.int8), "scale": scale}
+        scale = (weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127).bfloat16()
+        return {"weight": (weight / scale.float()).round().clamp(-127, 127).to(torch.int8), "scale": scale}
 
-    def __call__(self, x: Tensor) -> Tensor:
-        parts = x.float().unflatten(-1, (self.leaves, -1))
-        top = parts.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-        whole = parts * (127 / top)
-        high = whole.round()
-        codes = torch.stack((high, ((whole - high) * 254).round()), dim=-2).to(torch.int8)
-        if self.leaves > 1:  # zero outside a leaf: all of them in one product
-            codes = (codes.unsqueeze(-2) * torch.eye(self.leaves, dtype=torch.int8)[:, None, :, None]).flatten(-2)
-        high, low = int8_product(codes, self.handle, self.out_features).unbind(-2)
-        return add_leaves(((high + low * (1 / 254)) * (top * (1 / 127))).movedim(-2, 0), self.bias, x.dtype)
+    def pack(self, weight: Tensor, scale: Tensor) -> None:
+        self.weight, self.scale = weight.contiguous(), scale.flatten()
 
+    def few(self, x_MK: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int8pack_mm(x_MK, self.weight, self.scale)
 
-def int8_output(codes: Tensor, handle: int, n: int) -> Tensor:
-    return codes.new_empty(*codes.shape[:-1], n, dtype=torch.float32)
-
-
-@opaque("int8_product(Tensor codes, int handle, int n) -> Tensor", int8_output)
-def int8_product(codes, handle, n, op=torch.ops.onednn.qlinear_pointwise.default):
-    w = Packed.table[handle]
-    return op(codes, 1.0, 0, w.weight, w.scale, w.zero, None, 1.0, 0, torch.float32, "none", [], "")
+    def many(self, x_MK: Tensor) -> Tensor:
+        return F.linear(x_MK, self.weight.to(x_MK.dtype)) * self.scale
 
 
 def nibbles(codes: Tensor) -> Tensor:
@@ -74,22 +82,10 @@ def nibbles(codes: Tensor) -> Tensor:
     return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
 
 
-class Int4Linear(Packed):
-    """4-bit weights with a scale and a zero for each group along K. PyTorch's kernel for a CPU adds up in one order at
-    every M; for many rows it is slow, and where bits do not matter (not `exact`) the weight is expanded."""
+class Int4Linear(Quantized):
+    """4-bit weights with a scale and a zero for each group along K."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, leaves: int, scale: Tensor, zero: Tensor, exact: bool):
-        super().__init__(weight[:0], bias)
-        self.nbytes += weight.nbytes + 4 * scale.numel()
-        self.exact, self.opaque, self.leaves, self.out_features = exact, leaves == 1, [], len(weight)
-        if leaves > 1:
-            chunks = zip(*(part.chunk(leaves, dim=1) for part in (weight, scale, zero)), strict=True)
-            self.leaves, self.weight = [Int4Linear(w, None, 1, s, z, exact) for w, s, z in chunks], None
-            return
-        weight, scale, zero = (F.pad(x, (0, 0, 0, -len(x) % 64)) for x in (nibbles(weight).int(), scale, zero))
-        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight, 1)
-        self.group, scale = weight.shape[1] // scale.shape[1], scale.float()
-        self.scale_low = torch.stack((scale, scale * (8 - zero.float())), dim=-1).transpose(0, 1).contiguous()
+    MANY = 48
 
     @staticmethod
     def grid(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,31 +117,31 @@ class Int4Linear(Packed):
         packed = codes[:, ::2] | codes[:, 1::2] << 4
         return {"weight": packed, "scale": torch.stack(scale, dim=1), "zero": torch.stack(zero, dim=1)}
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.leaves:
-            pairs = zip(x.chunk(len(self.leaves), dim=-1), self.leaves, strict=True)
-            return add_leaves(torch.stack([linear(*pair) for pair in pairs]), self.bias, x.dtype)
-        x_MK, self.scale_low = x.reshape(-1, x.shape[-1]).contiguous(), self.scale_low.to(x.dtype)
-        if self.exact or len(x_MK) < 48 or not expands(x.dtype):
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK, self.weight, self.group, self.scale_low)
-        else:
-            y = x_MK @ self.expanded()
-        y = y[:, : self.out_features].view(*x.shape[:-1], -1)
-        return y if self.bias is None else add_leaves(y[None], self.bias, x.dtype)
+    def pack(self, weight: Tensor, scale: Tensor, zero: Tensor) -> None:
+        weight, scale, zero = (F.pad(x, (0, 0, 0, -len(x) % 64)) for x in (nibbles(weight).int(), scale, zero))
+        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight, 1)
+        self.group, scale = weight.shape[1] // scale.shape[1], scale.float()
+        self.scale = torch.stack((scale, scale * (8 - zero.float())), dim=-1).transpose(0, 1).contiguous()
 
-    def expanded(self) -> Tensor:
+    def few(self, x_MK: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x_MK, self.weight, self.group, self.scale)
+
+    def many(self, x_MK: Tensor) -> Tensor:
         """The weight [K, N] that the kernel computes with, out of its layout with AVX-512: bytes for rows i, i + 32."""
-        bytes_KN = self.weight.view(-1, len(self.scale_low) * self.group, 32).transpose(0, 1)
+        bytes_KN = self.weight.view(-1, len(self.scale) * self.group, 32).transpose(0, 1)
         codes = torch.cat((bytes_KN & 15, bytes_KN >> 4), dim=-1).sub_(8).view(torch.int8)
-        scale, low = self.scale_low.unsqueeze(1).unbind(-1)
-        return torch.addcmul(low, codes.view(-1, self.group, scale.shape[-1]).to(scale.dtype), scale).flatten(0, 1)
+        scale, low = self.scale.unsqueeze(1).unbind(-1)
+        return x_MK @ torch.addcmul(low, codes.view(-1, self.group, scale.shape[-1]).to(scale.dtype), scale).flatten(
+            0, 1
+        )
 
-
-@functools.cache
-def expands(dtype: torch.dtype) -> bool:
-    """Whether this machine has that layout: a product with one-hot rows gives back the expanded weight."""
-    layer = Int4Linear(torch.arange(4096).view(128, 32).to(torch.uint8), None, 1, *torch.rand(2, 128, 2), exact=True)
-    return torch.equal(layer(torch.eye(64, dtype=dtype)), layer.expanded())
+    @staticmethod
+    @functools.cache
+    def expands(dtype: torch.dtype) -> bool:
+        """Whether this machine has that layout: one-hot rows give back the same weight either way."""
+        codes, one_hot = torch.arange(4096).view(128, 32).to(torch.uint8), torch.eye(64, dtype=dtype)
+        layer = Int4Linear(codes, None, 1, True, *torch.rand(2, 128, 2))
+        return torch.equal(layer(one_hot), layer.many(one_hot))
 
 
 LINEARS = {"int8": Int8Linear, "int4": Int4Linear}
@@ -160,8 +156,8 @@ def table(ops: Ops) -> Ops:
             return ops.pack(weight, bias, leaves)
         if weight.is_cuda:
             return TritonPacked(weight, bias, leaves if exact else 1, scale, zero)
-        kind, rest = (Int8Linear, ()) if zero is None else (Int4Linear, (zero, exact))
-        return kind(weight, bias, leaves if exact else 1, scale, *rest)
+        rest = (scale,) if zero is None else (scale, zero)
+        return (Int8Linear if zero is None else Int4Linear)(weight, bias, leaves if exact else 1, exact, *rest)
 
     return replace(ops, pack=pack)
 
@@ -173,7 +169,7 @@ def quantized(config: ModelConfig, mode: str, group_size: int) -> ModelConfig:
     return replace(config, mode=mode, group_size=group_size, tied=False)
 
 
-def convert(source: Transformer, config: ModelConfig, fill: Callable, sink: Callable, factor=lambda name: None) -> None:
+def convert(source: Transformer, config: ModelConfig, fill: Callable, sink: Callable, factors: dict | None = None):
     """Have `fill` load the source; instead, each layer's tensors, quantized as `config` says, go by name to `sink`."""
 
     def feed(layer, tensors: list[Tensor], mapped: bool) -> int:
@@ -182,7 +178,7 @@ def convert(source: Transformer, config: ModelConfig, fill: Callable, sink: Call
         weights = head if layer is source.embed else {name: w for name, w in named.items() if w.dim() == 2}
         for name, weight in weights.items():
             mode = "int8" if name == "lm_head.weight" else config.mode
-            parts = LINEARS[mode].from_float(weight, config.group_size, factor(name) if mode == "int4" else None)
+            parts = LINEARS[mode].from_float(weight, config.group_size, (factors or {}).get(name))
             named |= {name.removesuffix("weight") + kind: part for kind, part in parts.items()}
         sink(named, mapped)
         return 0
@@ -199,17 +195,9 @@ def load_named(model: Transformer, named: dict[str, Tensor], mapped: bool) -> No
             model.nbytes += layer.load([named[name] for name in layer.shapes], mapped)
 
 
-def calibration(model: Transformer, tokens_NT: Tensor) -> Callable[[str], Tensor]:
-    """The factor of a weight by name, for from_float. The model reads a text block by block, and whoever asks replaces
-    what it has packed for a layer by what was made of that, so that the next block sees inputs as they will be."""
-    (N, T), config, factors, passed = tokens_NT.shape, model.config, {}, []
-    pos_NT, x_NTD, kv_cache = torch.arange(T).expand(N, T), model.embed(tokens_NT).float(), model.new_cache(N, T)[0]
-    cos, sin = model.rope[pos_NT].unsqueeze(2).unbind(3)
-
-    def forward(i: int) -> Tensor:
-        mask_mod, heads = model.mask_mods[config.windows[i]], (config.n_heads, config.n_kv_heads)
-        mask = model.ops.mask(mask_mod, pos_NT, T, heads, model.dtype)
-        return model.layers[i][1](model.layers[i][0](x_NTD, cos, sin, pos_NT, mask, *kv_cache))
+def calibration(model: Transformer, tokens_NT: Tensor) -> dict[str, Tensor]:
+    """The factors that from_float takes, by the names of weights, from one pass of a float model over a text."""
+    (N, T), factors = tokens_NT.shape, {}
 
     def measure(layer, args):
         x = args[0].flatten(0, -2).float()
@@ -218,19 +206,11 @@ def calibration(model: Transformer, tokens_NT: Tensor) -> Callable[[str], Tensor
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(squares))
         factors.update(dict.fromkeys(layer.shapes, torch.linalg.cholesky(inverse, upper=True)))
 
-    def factor(name: str) -> Tensor:
-        nonlocal x_NTD
-        while name not in factors:
-            x_NTD = forward(len(passed) - 1) if passed else x_NTD
-            factors.clear()
-            layers = [layer for layer in model.layers[len(passed)].modules() if hasattr(layer, "packed")]
-            hooks = [layer.register_forward_pre_hook(measure) for layer in layers]
-            passed.append(forward(len(passed)).shape)
-            for hook in hooks:
-                hook.remove()
-        return factors[name]
-
-    return factor
+    for layer in model.layers.modules():
+        if hasattr(layer, "packed"):
+            layer.register_forward_pre_hook(measure)
+    model(tokens_NT, torch.arange(T).expand(N, T), model.new_cache(N, T), T, last=True)
+    return factors
 
 
 @torch.inference_mode()
@@ -246,35 +226,23 @@ def main(own, argv: list[str]) -> None:
     build = lambda config: Transformer(config, table(FAST), torch.device("cpu"), torch.bfloat16)
     progress = lambda i, n: sys.stderr.isatty() and print(f"\r{i}/{n}", end="\r" if i < n else "\n", file=sys.stderr)
     fill = lambda model: load_checkpoint(model, directory, progress)
-    tensors, model, more = {}, build(target), []
+    build(target)  # refuses a group_size that does not fit
+    tensors, factors = {}, {}
     if own.calibration:
         import generate
 
         with refusing(f"--calibration {own.calibration} cannot be read", OSError, ValueError):
             ids = generate.Tokenizer(directory).encode(Path(own.calibration).read_text(encoding="utf-8"))[: own.tokens]
-        window = min(1024, config.context, len(ids))
-        if not window:
-            refuse(f"--calibration {own.calibration} has no token")
+        window = min(1024, config.context, len(ids)) or refuse(f"--calibration {own.calibration} has no token")
         fill(reader := build(config))
-        more = [calibration(reader, torch.tensor(ids[: len(ids) // window * window]).view(-1, window))]
-
-    def sink(named: dict[str, Tensor], mapped: bool) -> None:
-        tensors.update(named)
-        if own.calibration:
-            load_named(model, named, mapped)
-            for layer, twin in zip(reader.layers.modules(), model.layers.modules(), strict=True):
-                layer.__dict__ |= {"packed": twin.packed} if hasattr(twin, "packed") else {}
-
-    convert(build(config), target, fill, sink, *more)
+        factors = calibration(reader, torch.tensor(ids[: len(ids) // window * window]).view(-1, window))
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as tmp:
         (work := Path(tmp, out.name)).mkdir()  # a TemporaryDirectory itself is closed to other users
+        convert(build(config), target, fill, lambda named, mapped: tensors.update(named), factors)
         save_file(tensors, work / "model.safetensors", {"format": "pt"})
         (work / "model.safetensors").chmod(0o644)  # safetensors leaves it closed to other users
-        for path in directory.iterdir():
-            if path.suffix in (".json", ".jinja", ".model", ".txt") and path.stem not in (
-                "config",
-                "model.safetensors.index",
-            ):
+        for path in [path for kind in ("json", "jinja", "model", "txt") for path in directory.glob(f"*.{kind}")]:
+            if path.name not in ("config.json", "model.safetensors.index.json"):
                 shutil.copy(path, work)
         how = {"quant_method": "gpt-exact", "mode": mode, "group_size": own.group_size}
         raw = read_json(directory / "config.json") | {"tie_word_embeddings": False, "quantization_config": how}
