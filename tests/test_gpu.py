@@ -52,13 +52,13 @@ def test_a_leaf_in_fp32_has_the_same_bits_with_every_launch(monkeypatch):
     wide = TritonPacked(w, None, 2)
     outputs = []
     for launch in TritonPacked.LAUNCHES.values():
-        parts = x.new_empty(2, len(x), len(w), dtype=torch.float32)
+        parts = x.new_empty(len(x), 2, len(w), dtype=torch.float32)
         grid = -(-len(w) // launch["BLOCK_N"]), -(-len(x) // launch["BLOCK_M"]), 2
         args = x, wide.weight, None, None, None, parts, len(x), len(w), 2048, 1024, 2048, 1, 64
         kernels.triton_kernels().linear[grid](*args, **launch, enable_fp_fusion=False)
         outputs.append(parts)
     assert all(torch.equal(parts, outputs[0]) for parts in outputs)
-    assert not torch.equal(outputs[0][0], x.float() @ w.float().T)  # a negative control: another order, other bits
+    assert not torch.equal(outputs[0][:, 0], x.float() @ w.float().T)  # a negative control: another order, other bits
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
