@@ -143,8 +143,8 @@ def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale: float, block: Callable,
     given. The bits depend on none of it where `recipe` has seen so."""
     T, T_more, L_more = len(limit_T), -len(limit_T) % tokens, -bias.shape[-1] % keys
     q_BGTRD, parts, size = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2), [], 128 // tokens * tokens
-    if T == 1 and not T_more + L_more:
-        return block(q_BGTRD, k_BGLD, v_BGLD, bias, scale).transpose(1, 2).flatten(2)
+    if (T == 1 or q_BTHD.is_cuda) and not T_more + L_more:  # on a GPU, nobody may wait for `limit_T`
+        return block(q_BGTRD, k_BGLD, v_BGLD, bias, scale).transpose(1, 2).flatten(2).contiguous()
     if T_more or L_more:
         q_BGTRD, limit_T = F.pad(q_BGTRD, (0, 0, 0, 0, 0, T_more)), F.pad(limit_T, (0, T_more))
         k_BGLD, v_BGLD = F.pad(k_BGLD, (0, 0, 0, L_more)), F.pad(v_BGLD, (0, 0, 0, L_more))
@@ -154,7 +154,7 @@ def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale: float, block: Callable,
         span = -(-int(limit_T[now].max()) // keys) * keys
         parts += [block(q_BGTRD[:, :, now], k_BGLD[:, :, :span], v_BGLD[:, :, :span], bias[:, :, now, :, :span], scale)]
     y_BGTRD = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-    return y_BGTRD[:, :, :T].transpose(1, 2).flatten(2)
+    return y_BGTRD[:, :, :T].transpose(1, 2).flatten(2).contiguous()  # as its fake has it
 
 
 def sdpa(q_BGTRD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, bias: Tensor, scale: float) -> Tensor:

@@ -405,6 +405,34 @@ def test_split_size_matters(monkeypatch):
     assert not torch.equal(case.run(BATCH_INVARIANT, [620]), want)
 
 
+@pytest.mark.parametrize("ops", [FAST, BATCH_INVARIANT], ids=["fast", "invariant"])
+@dtypes
+def test_attention_is_laid_out_as_its_fake_says(dtype, ops):
+    """Compiled code reads the result by these strides. 11 tokens of 3 heads leave one row over, which is padded."""
+    case = Case(dtype, 1, 3, 64, 90, rows=2)
+    for count in (1, 2, 11):
+        assert case.piece(ops, case.cache(), 0, count).is_contiguous()
+
+
+@pytest.mark.parametrize("mask_mod", [causal, WINDOW], ids=["causal", "window"])
+@dtypes
+def test_attention_of_one_token_compiled(dtype, mask_mod):
+    """The loops that Inductor writes for FAST agree with SDPA, and look where the mask lets them."""
+    case = Case(dtype, 2, 3, 64, 90, mask_mod, rows=2)
+    eager, compiled = (case.cache() for _ in range(2))
+    step = torch.compile(FAST.attention, fullgraph=True)
+    for cache in (eager, compiled):
+        case.piece(FAST, cache, 0, 70)
+    want = case.piece(FAST, eager, 70, 71)
+    got = case.piece(replace(FAST, attention=step), compiled, 70, 71)
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == FP32 else {"atol": 2e-2, "rtol": 2e-2}
+    torch.testing.assert_close(got, want, **tolerance)
+    assert all(torch.equal(*pair) for pair in zip(eager, compiled, strict=True))
+    case.mask_mod = sliding_window(5)
+    wrong = case.piece(replace(FAST, attention=step), compiled, 70, 71)
+    assert (wrong - want).abs().max() > 0.05
+
+
 def staggered(case, ops):
     """Rows at different positions in one call, each against itself alone."""
     starts, alone, together = [0, 3, 40, 64, 127], [], case.cache()
