@@ -106,7 +106,7 @@ def linear(x: Tensor, packed: Packed) -> Tensor:
     if not packed.opaque:
         return packed.products(x)
     y = opaque_linear(x, packed.handle, packed.parts * packed.out_features, packed.parts_dtype)
-    return y if packed.parts == 1 else add_leaves(y.unflatten(-1, (packed.parts, -1)), packed.bias)
+    return y if packed.parts == 1 else add_leaves(y.view(*x.shape[:-1], packed.parts, -1), packed.bias)
 
 
 def fast_silu_mul(gate_up: Tensor) -> Tensor:
@@ -302,18 +302,16 @@ class LeafPacked(Packed):
 
     def products(self, x: Tensor) -> Tensor:
         (N, K, dtype), G, M, threads = self.shape, self.parts, x.shape[:-1].numel(), torch.get_num_threads()
+        if G > 1 and self.weight is not None and M * G <= 48 and M * G in safe_rows(*self.shape, G, threads):
+            # A few rows: one product of the whole weight with copies of them that are zero outside one leaf.
+            return product((x.reshape(M, 1, G, -1) * self.places).view(M * G, K), self.weight).view(*x.shape[:-1], -1)
         safe = safe_rows(N, K // G, dtype, 1, threads)
         if G == 1 and M in safe:
             return product(x, self.weight, self.bias)
         if G == 1:
-            y = in_tiles(x.reshape(M, K), self.weight, safe, self.bias)
-        elif self.weight is not None and M * G <= 48 and M * G in safe_rows(*self.shape, G, threads):
-            # A few rows: one product of the whole weight with copies of them that are zero outside one leaf.
-            y = product((x.reshape(M, 1, G, -1) * self.places).view(M * G, K), self.weight)
-        else:
-            pairs = zip(x.reshape(M, G, -1).unbind(1), self.leaves, strict=True)
-            y = torch.cat([in_tiles(*pair, safe) for pair in pairs], dim=-1)
-        return y.view(*x.shape[:-1], G * N)
+            return in_tiles(x.reshape(M, K), self.weight, safe, self.bias).view(*x.shape[:-1], N)
+        pairs = zip(x.reshape(M, G, -1).unbind(1), self.leaves, strict=True)
+        return torch.cat([in_tiles(*pair, safe) for pair in pairs], dim=-1).view(*x.shape[:-1], G * N)
 
 
 # Opaque is what a compiler reorders or rounds in its own way: sums and exp. Also torch.sqrt: it is MKL's, pow is not.
