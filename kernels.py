@@ -314,15 +314,15 @@ class LeafPacked(Packed):
         return torch.cat([in_tiles(*pair, safe) for pair in pairs], dim=-1).view(*x.shape[:-1], G * N)
 
 
-# Opaque is what a compiler reorders or rounds in its own way: sums and exp. Also torch.sqrt: it is MKL's, pow is not.
+# Opaque is what a compiler reorders or rounds in its own way: sums and exp. So are torch.sqrt and pow, but not rsqrt.
 @opaque("vector_norm(Tensor x) -> Tensor", lambda x: x.new_empty(*x.shape[:-1], 1))
 def vector_norm(x):
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
-def root_mean_square(x: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     length = vector_norm(x)
-    return (length * length * (1 / x.shape[-1]) + eps).pow(0.5)
+    return x * (length * length * (1 / x.shape[-1]) + eps).rsqrt() * weight
 
 
 exp = opaque("exp(Tensor x) -> Tensor", torch.empty_like)(torch.exp)
@@ -530,7 +530,7 @@ def gpu_log_softmax(x):
 BATCH_INVARIANT = Ops(
     pack=lambda weight, *args: (TritonPacked if weight.is_cuda else LeafPacked)(weight, *args),
     linear=linear,
-    rms_norm=lambda x, w, eps: gpu_rms_norm(x, w, eps) if x.is_cuda else x / root_mean_square(x, eps) * w,
+    rms_norm=lambda x, w, eps: (gpu_rms_norm if x.is_cuda else rms_norm)(x, w, eps),
     silu_mul=silu_mul,
     mask=window_mask,
     attention=lambda q, *args: (triton_attention if q.is_cuda else invariant_attention)(q, *args),
