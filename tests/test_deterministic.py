@@ -566,6 +566,11 @@ def test_rowwise_compiled(dynamo):
     x = randn(33, 134, dtype=BF16) * 3
     for n in (2, 7, 33):
         assert torch.equal(exact(BATCH_INVARIANT, x[:n]), both(BATCH_INVARIANT, x[:n]))
+    x = randn(1000, 134) * 3
+    assert torch.equal(exact(BATCH_INVARIANT, x), both(BATCH_INVARIANT, x))
+    by_pow = lambda x, w, eps: x / (kernels.vector_norm(x).square() / x.shape[-1] + eps).pow(0.5) * w
+    broken = replace(BATCH_INVARIANT, rms_norm=by_pow)
+    assert not torch.equal(compiled(broken, **BATCH_INVARIANT.compile_options)(broken, x), both(broken, x))
     x = randn(257, 134, dtype=BF16)
     assert not torch.equal(compiled(FAST)(FAST, x), both(FAST, x))
 
