@@ -609,6 +609,7 @@ def disturbed(argv, path, sign):
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
         end = time.monotonic() + 120
