@@ -288,7 +288,7 @@ def safe_rows(N: int, K: int, dtype: torch.dtype, leaves: int, threads: int) -> 
 
 
 class LeafPacked(Packed):
-    """A weight on a CPU whose products round each leaf once; `linear` adds them in fp32 and rounds the sum."""
+    """A weight on a CPU whose products round each leaf once; `linear` adds them, in fp32."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, leaves: int = 1):
         super().__init__(weight, bias)
