@@ -17,6 +17,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
+import quantize
 from kernels import BATCH_INVARIANT, FAST
 from model import InputError, ModelConfig, Transformer, load_checkpoint, randomize, read_json, refuse, refusing
 from scripts import bench, download
@@ -342,6 +343,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint_path", type=Path, metavar="DIR", help=f"Hugging Face directory ({DEFAULT_CHECKPOINT.name})")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1 (%(default)s)")
     add("--precision", choices=PRECISIONS, default="bf16", help="of weights and cache (%(default)s)")
+    add("--quantize", choices=quantize.LINEARS, help="weights of linear layers, while loading")
+    add("--group_size", type=int, choices=(32, 64, 128), default=32, help="of int4 (%(default)s)")
     add("--random_weights", type=Path, metavar="CONFIG.json", help="a model of that shape, for benchmarks")
     add("--prompt", action="append", metavar="TEXT", help="repeatable; an integer means so many random tokens")
     add("--prompts_file", type=Path, metavar="FILE", help=".jsonl (prompt, id, seed, max_new_tokens) or text; -: stdin")
@@ -360,6 +363,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--prefill_chunk", **count, default=0, help="feed prompts in chunks of N; 0: whole")
     add("--speculate_k", **count, default=5, help="drafts a round of the two following (%(default)s)")
     add("--draft_checkpoint_path", type=Path, metavar="DIR", help="speculate: a smaller model drafts")
+    add("--draft_quantize", choices=quantize.LINEARS, help="speculate: that model, or the model itself, quantized")
     add("--prompt_lookup", action="store_true", help="speculate: draft what followed the same words before")
     add("--compile", action="store_true", help="torch.compile decoding")
     add("--compile_prefill", action="store_true", help="torch.compile prefill")
@@ -375,7 +379,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if not low <= (value := getattr(args, flag)) <= high:
             refuse(f"--{flag} {value} is out of range, expected {low} to {high:g}")
     rivals = ["score interactive prompts_file prompt", "random_weights checkpoint_path chat", "prompts_file prompt"]
-    rivals += ["draft_checkpoint_path prompt_lookup", "interactive prompts_file prompt random_weights json output"]
+    rivals += [
+        "draft_checkpoint_path prompt_lookup",
+        "draft_quantize prompt_lookup",
+        "interactive prompts_file prompt random_weights json output",
+    ]
     for flag, *others in map(str.split, rivals):
         if getattr(args, flag) and (given := [other for other in others if getattr(args, other)]):
             refuse(f"--{flag} excludes --{given[0]}")
@@ -400,6 +408,7 @@ def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
         with refusing("the default checkpoint cannot be had", ValueError, ImportError):
             download.fetch_default(directory)
     config = ModelConfig.from_file(shape or directory / "config.json")
+    config = config.quantized(args.quantize, args.group_size) if args.quantize else config
     tokenizer, ops = Tokenizer(None if shape else directory), BATCH_INVARIANT if args.deterministic else FAST
     model = Transformer(config, ops, torch.device(args.device), PRECISIONS[args.precision])
     progress = lambda i, n: sys.stderr.isatty() and say(f"\rloading {i}/{n}", end="\r" if i < n else "\n")
@@ -431,8 +440,9 @@ def build(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, le
     """An engine and what drafts, by the flags; graphs and probes run before the clock, as often as CUDA graphs need to
     be recorded. Raises InputError for a draft model of another vocabulary."""
     propose = prompt_lookup if args.prompt_lookup else None
-    if (directory := args.draft_checkpoint_path) and not k:  # a draft model has no other one
-        other = argparse.Namespace(**vars(args) | {"checkpoint_path": directory, "random_weights": None})
+    if ((directory := args.draft_checkpoint_path) or args.draft_quantize) and not k:  # a draft model has no other one
+        other = {"checkpoint_path": directory, "random_weights": None} if directory else {}
+        other = argparse.Namespace(**vars(args) | other | {"quantize": args.draft_quantize})
         draft, words = load(other)
         if words.vocab() != tokenizer.vocab() or draft.config.vocab_size != model.config.vocab_size:
             refuse(f"--draft_checkpoint_path {directory} has another vocabulary than the model, expected the same")
@@ -521,7 +531,7 @@ def report(engine: Engine, load_s: float, compile_s: float, as_json: bool) -> No
     stats = {"decode_tokens_per_sec": decode, "prefill_tokens_per_sec": prefill, "time_to_first_token_s": first}
     stats |= {"load_s": load_s, "compile_s": compile_s, "new_tokens": new, "model_bytes": model.nbytes}
     stats |= {"bandwidth_gb_s": rate, "accept_counts": engine.accept_counts}
-    stats |= {"peak_memory_gb": bench.peak_memory(model.device) / 1e9, "deterministic": model.ops is BATCH_INVARIANT}
+    stats |= {"peak_memory_gb": bench.peak_memory(model.device) / 1e9, "deterministic": model.ops.exact}
     if as_json:
         print(json.dumps({"stats": stats}), flush=True)
     limit = bench.read_bandwidth(model.device) / 1e9  # only now: it takes memory

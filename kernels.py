@@ -40,6 +40,7 @@ class Ops:
     attention: Callable  # (q_BTHD, k_BTGD, v_BTGD, k_cache_BGLD, v_cache, pos_BT, mask, scale) -> [B, T, H * D]
     log_softmax: Callable  # (logits) -> fp32, over the last dimension
     compile_options: dict  # what torch.compile needs so that it changes no bits that matter
+    exact: bool = False  # whether bits depend on nothing but a token's own prefix
 
 
 _lib = torch.library.Library("gpt_exact", "DEF")
@@ -76,21 +77,28 @@ class Packed:
     """A weight in its kernel's layout. Inductor cannot trace through those, so a graph names a weight by an integer;
     the table forgets it when its layer dies."""
 
-    parts, parts_dtype = 1, None  # the leaves that `products` hands back side by side for `linear` to add
+    parts, parts_dtype, opaque = 1, None, True  # the leaves that `products` hands back side by side, to be added
     table: dict[int, "Packed"] = weakref.WeakValueDictionary()
     handles = itertools.count()  # alike in every run, so that compiled graphs are found in Inductor's cache
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, leaves: int = 1):
-        self.weight, self.bias, self.out_features = blocked(weight), bias, len(weight)
-        self.opaque, self.nbytes = self.weight.is_mkldnn, weight.nbytes + (0 if bias is None else bias.nbytes)
-        self.handle = next(self.handles)
-        self.table[self.handle] = self
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, leaves: int = 1, *grid: Tensor):
+        self.bias, self.out_features, self.handle = bias, len(weight), next(self.handles)
+        self.nbytes, self.table[self.handle] = sum(t.nbytes for t in (weight, bias, *grid) if t is not None), self
+        self.pack(weight, leaves, *grid)
+
+    def pack(self, weight: Tensor, leaves: int) -> None:
+        self.weight = blocked(weight)
+        self.opaque = self.weight.is_mkldnn
 
     def products(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self)
+        """x W^T + b, in the type of x; in fp32 where it is a sum of leaves, whose additions a compiler may see."""
+        if not self.opaque:
+            return self.products(x)
+        y = opaque_linear(x, self.handle, self.parts * self.out_features, self.parts_dtype)
+        return y if self.parts == 1 else add_leaves(y.view(*x.shape[:-1], self.parts, -1), self.bias)
 
 
 @opaque(
@@ -102,11 +110,7 @@ def opaque_linear(x, handle, n, dtype):
 
 
 def linear(x: Tensor, packed: Packed) -> Tensor:
-    """x W^T + b, in the type of x; in fp32 where it is a sum of leaves, whose additions a compiler may see."""
-    if not packed.opaque:
-        return packed.products(x)
-    y = opaque_linear(x, packed.handle, packed.parts * packed.out_features, packed.parts_dtype)
-    return y if packed.parts == 1 else add_leaves(y.view(*x.shape[:-1], packed.parts, -1), packed.bias)
+    return packed(x)
 
 
 def fast_silu_mul(gate_up: Tensor) -> Tensor:
@@ -290,9 +294,8 @@ def safe_rows(N: int, K: int, dtype: torch.dtype, leaves: int, threads: int) -> 
 class LeafPacked(Packed):
     """A weight on a CPU whose products round each leaf once; `linear` adds them, in fp32."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, leaves: int = 1):
-        super().__init__(weight, bias)
-        self.shape, self.parts, self.opaque = (*weight.shape, weight.dtype), leaves, True
+    def pack(self, weight: Tensor, leaves: int) -> None:
+        self.shape, self.parts, self.weight = (*weight.shape, weight.dtype), leaves, blocked(weight)
         self.leaves = [blocked(part) for part in weight.chunk(leaves, dim=1)] if leaves > 1 else [self.weight]
         if leaves > 1 and weight.nbytes < 4 << 20:  # a large weight would not notice the 30 us a call that this saves
             self.nbytes += weight.nbytes
@@ -465,11 +468,9 @@ class TritonPacked(Packed):
         math.inf: {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
     }
 
-    def __init__(self, weight, bias=None, leaves=1, scale=None, zero=None):
-        super().__init__(weight, bias)
-        self.weight, self.opaque, self.parts, self.scale, self.zero = weight.contiguous(), True, leaves, scale, zero
+    def pack(self, weight, leaves, scale=None, zero=None):
+        self.weight, self.parts, self.scale, self.zero = weight.contiguous(), leaves, scale, zero
         self.parts_dtype = torch.float32 if leaves > 1 else None
-        self.nbytes += sum(t.nbytes for t in (scale, zero) if t is not None)
 
     def products(self, x):
         kernels, N, K, leaves = triton_kernels(), self.out_features, x.shape[-1], self.parts
@@ -536,4 +537,5 @@ BATCH_INVARIANT = Ops(
     attention=lambda q, *args: (triton_attention if q.is_cuda else invariant_attention)(q, *args),
     log_softmax=lambda logits: (gpu_log_softmax if logits.is_cuda else FAST.log_softmax)(logits),
     compile_options={"emulate_precision_casts": True},
+    exact=True,
 )

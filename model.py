@@ -4,13 +4,14 @@ T new tokens of a row, D dim, H heads, V vocabulary, N x K a weight."""
 import contextlib
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+import quantize
 from kernels import Ops, causal, leaf_count, sliding_window
 
 # What sets a family apart, as entries of its config.json, and the settings that a kind of rope scaling needs.
@@ -19,6 +20,7 @@ FAMILIES |= {"Qwen2ForCausalLM": {"qkv_bias": True}, "Qwen3ForCausalLM": {"qk_no
 ROPE_TYPES = {"default": (), "linear": ("factor",)}
 ROPE_TYPES["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 SUPPORTED = {"architectures": FAMILIES, "hidden_act": ["silu"], "rope_type": ROPE_TYPES, "partial_rotary_factor": [1]}
+SUPPORTED |= {"quantization mode": [None, *quantize.LINEARS], "group_size": (32, 64, 128)}
 KVCache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, n_kv_heads, length, head_dim]
 called = lambda name: field(metadata={"name": name})  # by config.json, or by a family
 whole_blocks = lambda length: -(-length // 64) * 64  # keys, whose products oneDNN computes faster in whole blocks
@@ -67,6 +69,17 @@ class ModelConfig:
     norm_eps: float
     windows: tuple[int | None, ...]  # each layer's sliding window, None where attention is full
     rope: dict  # rope_theta, rope_type and what ROPE_TYPES names for it
+    mode: str | None = None  # how the weights of linear layers are quantized, in the checkpoint if `stored`, or loading
+    group_size: int = 32  # weights of int4 that share a scale
+    stored: bool = False
+
+    def quantized(self, mode: str, group_size: int) -> "ModelConfig":
+        """The same for a model that is quantized while loading; raises InputError if it is quantized already."""
+        return (
+            refuse(f"the checkpoint is {self.mode} already")
+            if self.mode
+            else replace(self, mode=mode, group_size=group_size)
+        )
 
     @classmethod
     def from_file(cls, path: Path) -> "ModelConfig":
@@ -79,6 +92,9 @@ class ModelConfig:
             rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta")} | raw.get("rope_scaling", {})
             rope = {"rope_type": rope.get("type", "default")} | rope
             raw |= rope | {"architectures": (raw["architectures"] or [None])[0]}
+            how = raw.get("quantization_config", {"mode": None})
+            raw |= {"quantization mode": how.get("mode", how.get("quant_method"))}
+            raw |= {"group_size": how.get("group_size", 32)}
             for name, choices in SUPPORTED.items():
                 if raw[name] not in choices:
                     refuse(f"{name} {raw[name]} is not supported, choose from {', '.join(map(str, choices))}")
@@ -92,6 +108,11 @@ class ModelConfig:
             windows = tuple(size("sliding_window") if windowed and slide else None for slide in slides)
             read = {int: size, bool: lambda name: bool(raw.get(name))}
             values = {f.name: read[f.type](f.metadata["name"]) for f in fields(cls) if f.metadata}
+            values |= {
+                "mode": (mode := raw["quantization mode"]),
+                "group_size": raw["group_size"],
+                "stored": bool(mode),
+            }
             config = cls(**values, norm_eps=float(raw["rms_norm_eps"]), windows=windows, rope=rope)
             rope_table(config, 1)  # raises for settings that are missing or wrong
             if n_heads % config.n_kv_heads or config.head_dim % 2 or len(windows) != n_layers:
@@ -116,6 +137,8 @@ class Layer(nn.Module):
     """A part of a model. Where `shapes` names checkpoint tensors, its `load` is given them all, in that order, and
     whether they lie in a `mapped` file; it returns the bytes that it then holds in memory."""
 
+    mode = None  # of quantization
+
     def __init__(self, model: "Transformer", shapes: dict[str, tuple[int, ...]] | None = None):
         super().__init__()
         self.ops, self.config, self.device, self.dtype = model.ops, model.config, model.device, model.dtype
@@ -128,15 +151,25 @@ class Linear(Layer):
     the input are cut into leaves where tensor parallelism can `cut` them."""
 
     def __init__(self, model: "Transformer", parts: dict[str, int], in_features: int, bias: bool, cut: bool = False):
-        shapes = {f"{name}.weight": (rows, in_features) for name, rows in parts.items()}
-        super().__init__(model, shapes | {f"{name}.bias": (rows,) for name, rows in parts.items() if bias})
-        self.leaves = leaf_count(self.config.n_kv_heads, in_features) if cut else 1
+        config = model.config
+        mode = "int8" if config.mode and "lm_head" in parts else config.mode  # int4 would be no faster there on a CPU
+        if mode == "int4" and in_features % config.group_size:
+            refuse(f"group_size {config.group_size} does not divide {in_features} inputs, choose from 32, 64, 128")
+        kinds = lambda rows: quantize.shapes(mode if config.stored else None, rows, in_features, config.group_size)
+        kinds = {name: kinds(rows) | ({"bias": (rows,)} if bias else {}) for name, rows in parts.items()}
+        super().__init__(model, {f"{name}.{kind}": shape for name in kinds for kind, shape in kinds[name].items()})
+        self.mode, multiple = mode, max(config.group_size if mode == "int4" else 0, 32)
+        self.leaves = leaf_count(config.n_kv_heads, in_features, multiple) if cut else 1
 
     def load(self, tensors: list[Tensor], mapped: bool) -> int:
-        parts = [[tensor for tensor in tensors if tensor.dim() == dim] for dim in (2, 1)]
-        # cat copies, so nothing stays in the mapped file.
-        weight, bias = (torch.cat(part).to(self.device, self.dtype) if part else None for part in parts)
-        self.packed = self.ops.pack(weight, bias, self.leaves)
+        parts = {}
+        for name, tensor in zip(self.shapes, tensors, strict=True):
+            parts.setdefault(name.rpartition(".")[2], []).append(tensor)
+        parts = {kind: torch.cat(some).to(self.device) for kind, some in parts.items()}  # a copy, outside the file
+        if "scale" not in parts:
+            parts = {kind: tensor.to(self.dtype) for kind, tensor in parts.items()}
+            parts |= quantize.parts(self.mode, parts["weight"], self.config.group_size)
+        self.packed = quantize.pack(self.ops, **parts, leaves=self.leaves)
         return self.packed.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,7 +193,8 @@ class Embedding(Layer):
 
     def load(self, tensors: list[Tensor], mapped: bool) -> int:
         self.weight = tensors[0] if self.device.type == "cpu" else tensors[0].to(self.device, self.dtype)
-        self.packed = self.ops.pack(self.weight.to(self.dtype)) if self.config.tied else None
+        head = quantize.parts("int8" if self.config.mode else None, self.weight.to(self.dtype), 0)
+        self.packed = quantize.pack(self.ops, **head) if self.config.tied else None
         in_file, shared = mapped and self.weight is tensors[0], self.packed and self.packed.weight is self.weight
         return (self.packed.nbytes if self.packed else 0) + (0 if in_file or shared else self.weight.nbytes)
 
@@ -227,7 +261,7 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         """A cache of at least `length` positions, a whole number of key blocks, zeroed: 0 x NaN would poison a row."""
-        shape = (batch_size, self.config.n_kv_heads, whole_blocks(length), self.config.head_dim)
+        shape = (batch_size, self.config.n_kv_heads, whole_blocks(length) + 64, self.config.head_dim)
         return [tuple(torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in "kv") for _ in self.layers]
 
     def forward(self, tokens_BT: Tensor, pos_BT: Tensor, cache: KVCache, end: int, last=False, decode=False) -> Tensor:
@@ -269,8 +303,10 @@ def load_checkpoint(model: Transformer, directory: Path, progress=lambda done, t
             refuse(f"{directory}: tensor {min(names)} is {problem} ({len(names)} in all)")
     for name, shape in shapes.items():
         dtype, got = slices[name].get_dtype(), slices[name].get_shape()
-        if got != shape or dtype not in ("BF16", "F16", "F32"):
-            refuse(f"{directory}: tensor {name} is {dtype} {got}, expected BF16, F16 or F32 {shape}")
+        stem = name.removesuffix("weight")
+        expected = "U8" if f"{stem}zero" in shapes else "I8" if f"{stem}scale" in shapes else "BF16, F16 or F32"
+        if got != shape or dtype not in expected:
+            refuse(f"{directory}: tensor {name} is {dtype} {got}, expected {expected} {shape}")
     for done, layer in enumerate(layers, start=1):
         model.nbytes += layer.load([slices[name][:] for name in layer.shapes], mapped=True)
         progress(done, len(layers))
