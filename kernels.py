@@ -138,17 +138,14 @@ def write_cache(k_BTGD: Tensor, v_BTGD: Tensor, k_cache: Tensor, v_cache: Tensor
             cache[torch.arange(len(pos_BT), device=pos_BT.device)[:, None], :, pos_BT] = new
 
 
-SPLIT = 512  # keys in one product with the values
-
-
-def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale: float, block: Callable, tokens=1, keys=64) -> Tensor:
-    """Attention by a kernel of queries [B, G, T, H / G, D], for blocks of 128 tokens or so, which skip the keys behind
-    the last one that they may see: [B, T, H * D]. The numbers of tokens and of keys are padded to multiples of what is
-    given. The bits depend on none of it where `recipe` has seen so."""
+def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale: float, tokens=1, keys=64) -> Tensor:
+    """Attention of queries [B, G, T, H / G, D] in blocks of 128 tokens or so, which skip the keys behind the last one
+    that they may see: [B, T, H * D]. The numbers of tokens and of keys are padded to multiples of what is given. The
+    bits depend on none of it where `recipe` has seen so."""
     T, T_more, L_more = len(limit_T), -len(limit_T) % tokens, -bias.shape[-1] % keys
     q_BGTRD, parts, size = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2), [], 128 // tokens * tokens
     if (T == 1 or q_BTHD.is_cuda) and not T_more + L_more:  # on a GPU, nobody may wait for `limit_T`
-        return block(q_BGTRD, k_BGLD, v_BGLD, bias, scale).transpose(1, 2).flatten(2).contiguous()
+        return sdpa(q_BGTRD, k_BGLD, v_BGLD, bias, scale).transpose(1, 2).flatten(2).contiguous()
     if T_more or L_more:
         q_BGTRD, limit_T = F.pad(q_BGTRD, (0, 0, 0, 0, 0, T_more)), F.pad(limit_T, (0, T_more))
         k_BGLD, v_BGLD = F.pad(k_BGLD, (0, 0, 0, L_more)), F.pad(v_BGLD, (0, 0, 0, L_more))
@@ -156,14 +153,13 @@ def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale: float, block: Callable,
     for start in range(0, T, size):
         now = slice(start, start + size)
         span = -(-int(limit_T[now].max()) // keys) * keys
-        parts += [block(q_BGTRD[:, :, now], k_BGLD[:, :, :span], v_BGLD[:, :, :span], bias[:, :, now, :, :span], scale)]
-    y_BGTRD = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-    return y_BGTRD[:, :, :T].transpose(1, 2).flatten(2).contiguous()  # as its fake has it
+        parts += [sdpa(q_BGTRD[:, :, now], k_BGLD[:, :, :span], v_BGLD[:, :, :span], bias[:, :, now, :, :span], scale)]
+    return torch.cat(parts, dim=2)[:, :, :T].transpose(1, 2).flatten(2).contiguous()  # as its fake has it
 
 
 def sdpa(q_BGTRD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """By PyTorch, the query heads of one KV head folded into its rows, so that no key is copied: 5 times as fast as
-    enable_gqa on a CPU."""
+    """The query heads of one KV head folded into its rows, so that no key is copied: 5 times as fast as enable_gqa on
+    a CPU."""
     T, R = q_BGTRD.shape[2:4]
     if T * R % 32 == 1 and q_BGTRD.device.type == "cpu":  # a row left over alone would take another kernel
         q_BGTRD, bias = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (q_BGTRD, bias))
@@ -172,36 +168,16 @@ def sdpa(q_BGTRD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, bias: Tensor, scale: f
     return y.unflatten(2, (-1, R))[:, :, :T]
 
 
-def batched_products(q_BGTRD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """By batched matrix products, and softmax over all keys at once."""
-    q, k, v = q_BGTRD.flatten(2, 3).flatten(0, 1), k_BGLD.flatten(0, 1), v_BGLD.flatten(0, 1)
-    (B, G, L, _), rows = k_BGLD.shape, q.shape[1]
-    # oneDNN reorders what stands on the right, so a few queries stand there and not all the keys.
-    scores = torch.bmm(k, q.mT).mT if rows <= 32 else torch.bmm(q, k.mT)
-    scores = torch.add(bias, scores.view(B, G, bias.shape[2], -1, L), alpha=scale)
-    weights = scores.softmax(-1).view(B * G, rows, L)
-    parts = [torch.bmm(weights[..., i : i + SPLIT], v[:, i : i + SPLIT]) for i in range(0, L, SPLIT)]
-    y = parts[0] if L <= SPLIT else functools.reduce(torch.add, parts[1:], parts[0].float()).to(q.dtype)
-    return y.view(q_BGTRD.shape)
-
-
 def attention_op(name: str, mask_type: str) -> Callable:
     schema = f"Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pos, {mask_type} mask"
     return opaque(f"{name}({schema}, float scale) -> Tensor", lambda q, *_: q.new_empty(*q.shape[:2], q[0, 0].numel()))
-
-
-@functools.cache
-def kernel_of_attention(dtype: torch.dtype) -> Callable:
-    """The one that is fast, and of fixed bits, on this CPU."""
-    return sdpa if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() else batched_products
 
 
 @attention_op("whole_attention", "Tensor[]")
 def whole_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
     write_cache(k, v, k_cache, v_cache, pos)
     k, v = (cache.narrow(2, 0, mask[0].shape[-1]) for cache in (k_cache, v_cache))
-    large = q.device.type == "cpu" and q.dtype == torch.bfloat16 and (pos.numel() >= 16 or pos.shape[1] > 32)
-    return attend(q, k, v, *mask, scale, kernel_of_attention(q.dtype) if large else sdpa)
+    return attend(q, k, v, *mask, scale)
 
 
 def fast_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
@@ -338,19 +314,19 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def attend_safely(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale):
     """What `attend` must agree with, and its stand-in: one thread, tiles of 16 rows, each row of a batch alone."""
-    how = kernel_of_attention(q_BTHD.dtype), -(-16 * k_BGLD.shape[1] // q_BTHD.shape[2]), SPLIT
+    rows = zip(*(x.split(1) for x in (q_BTHD, k_BGLD, v_BGLD, bias)), strict=True)
     with one_thread():
-        rows = zip(*(x.split(1) for x in (q_BTHD, k_BGLD, v_BGLD, bias)), strict=True)
-        return torch.cat([attend(*row, limit_T, scale, *how) for row in rows])
+        return torch.cat(
+            [attend(*row, limit_T, scale, -(-16 * k_BGLD.shape[1] // q_BTHD.shape[2]), 512) for row in rows]
+        )
 
 
 @functools.cache
 def recipe(B: int, G: int, head_dim: int, group: int, dtype: torch.dtype, threads: int) -> Callable:
     """The way through `attend` in which a query's bits are seen to depend on no other query and not on the span."""
-    T, L, block = 80, SPLIT + 64, kernel_of_attention(dtype)
+    T, L = 80, 576
     q, k = (4096 * z for z in cancelling((B, T, G * group), (B, G, L), head_dim, dtype))  # scaled up to matter
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    k[:, :, 1::2], v[:, :, 1::2] = k[:, :, ::2], -v[:, :, ::2]
 
     def agrees(way: Callable, start: int) -> bool:
         bias, limit = dense_mask(causal, torch.arange(start, start + T).expand(B, -1), L, (G * group, G), dtype)
@@ -362,9 +338,8 @@ def recipe(B: int, G: int, head_dim: int, group: int, dtype: torch.dtype, thread
                 return False
         return True
 
-    ways = [functools.partial(attend, block=block, tokens=n, keys=m) for n, m in ((1, 64), (-(-16 // group), SPLIT))]
-    ways = ways[head_dim < 64 :]  # short sums hide from the probe
-    starts = range(0, SPLIT, SPLIT // 5 + 16)  # so that spans of all multiples of 64 occur
+    ways = [functools.partial(attend, tokens=n, keys=m) for n, m in ((1, 64), (-(-16 // group), 512))]
+    starts = range(0, 512, 118)  # so that spans of all multiples of 64 occur
     return next((way for way in ways if all(agrees(way, start) for start in starts)), attend_safely)
 
 
@@ -379,6 +354,9 @@ def invariant_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
 
 # The same on a GPU: a dot adds to one fp32 accumulator in ascending k, BLOCK_K at a time at every M, so bits depend on
 # neither the shape of a tile nor its warps. FMA contraction is off, as it may differ between kernels.
+SPLIT = 512  # keys that one program attends to before their sum joins that of others
+
+
 @functools.cache
 def triton_kernels() -> SimpleNamespace:
     """Triton, imported when a GPU asks; global, where the interpreter finds it. What varies from call to call is not
@@ -518,14 +496,10 @@ def gpu_rms_norm(x, weight, eps):
     return F.rms_norm(x.float().contiguous(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
-@opaque("gpu_log_softmax(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape, dtype=torch.float32))
-def gpu_log_softmax(x):
-    """Summed by halves, in additions of torch's without an order: once a token, it needs no kernel of its own."""
-    x = x.float() - x.amax(-1, keepdim=True)
-    total = F.pad(x.exp(), (0, (1 << (x.shape[-1] - 1).bit_length()) - x.shape[-1]))
-    while total.shape[-1] > 1:
-        total = torch.add(*total.chunk(2, -1))
-    return x - total.log()
+def padded_log_softmax(logits: Tensor) -> Tensor:
+    """PyTorch's, which on a GPU gives a row a block of threads, and adds up by the alignment of its first number."""
+    V = logits.shape[-1]
+    return FAST.log_softmax(F.pad(logits, (0, -V % 4), value=float("-inf")))[..., :V]
 
 
 BATCH_INVARIANT = Ops(
@@ -535,7 +509,7 @@ BATCH_INVARIANT = Ops(
     silu_mul=silu_mul,
     mask=window_mask,
     attention=lambda q, *args: (triton_attention if q.is_cuda else invariant_attention)(q, *args),
-    log_softmax=lambda logits: (gpu_log_softmax if logits.is_cuda else FAST.log_softmax)(logits),
+    log_softmax=padded_log_softmax,
     compile_options={"emulate_precision_casts": True},
     exact=True,
 )

@@ -396,15 +396,6 @@ def test_attention_long(dtype, group, mask_mod):
     assert not torch.equal(case.run(TWO_RECIPES, sizes), case.run(TWO_RECIPES, [620]))
 
 
-def test_split_size_matters(monkeypatch):
-    """The splits are really there: others give other bits, also where only one piece reads them."""
-    case = Case(FP32, 2, 3, 64, 620)
-    want = case.run(BATCH_INVARIANT, [620])
-    assert torch.equal(case.run(BATCH_INVARIANT, [600, 20]), want)
-    monkeypatch.setattr(kernels, "SPLIT", 192)
-    assert not torch.equal(case.run(BATCH_INVARIANT, [620]), want)
-
-
 @pytest.mark.parametrize("ops", [FAST, BATCH_INVARIANT], ids=["fast", "invariant"])
 @dtypes
 def test_attention_is_laid_out_as_its_fake_says(dtype, ops):

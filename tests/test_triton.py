@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import TritonPacked, add_leaves, causal, sliding_window
+from kernels import BATCH_INVARIANT, TritonPacked, add_leaves, causal, sliding_window
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -298,10 +298,10 @@ def test_rms_norm_against_fp64(n):
 def test_log_softmax_against_fp64(n):
     logits = randn(3, n) * 5
     logits[1, n // 2 :] = -math.inf
-    want, got = logits.double().log_softmax(-1), kernels.gpu_log_softmax(logits)
+    want, got = logits.double().log_softmax(-1), BATCH_INVARIANT.log_softmax(logits)
     assert torch.equal(got == -math.inf, want == -math.inf)
     assert_close(got[want > -math.inf], want[want > -math.inf])
-    assert all(same(kernels.gpu_log_softmax(logits[i : i + 1]), got[i : i + 1]) for i in range(3))
+    assert all(same(BATCH_INVARIANT.log_softmax(logits[i : i + 1]), got[i : i + 1]) for i in range(3))
 
 
 def test_compiled_graphs_call_the_kernels_whole():
@@ -309,8 +309,7 @@ def test_compiled_graphs_call_the_kernels_whole():
 
     def layer(q, k, v, k_cache, v_cache, pos):
         y = kernels.triton_attention(q, k, v, k_cache, v_cache, pos, (1 << 30), 0.25)
-        y = kernels.gpu_rms_norm(kernels.linear(y, packed), packed.weight[0], 1e-5)
-        return kernels.gpu_log_softmax(y)
+        return kernels.gpu_rms_norm(kernels.linear(y, packed), packed.weight[0], 1e-5)
 
     want = layer(*(x.clone() for x in case))
     caches = [x.clone() for x in case]
