@@ -18,14 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-causal = lambda b, h, q_idx, kv_idx: q_idx >= kv_idx
-
 
 def sliding_window(window: int) -> Callable:
     """Causal, and only the last `window` keys, the query's own among them."""
     mask_mod = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx < window)
     mask_mod.window = window
     return mask_mod
+
+
+causal = sliding_window(1 << 30)
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,6 @@ def opaque_linear(x, handle, n, dtype):
     return Packed.table[handle].products(x)
 
 
-def linear(x: Tensor, packed: Packed) -> Tensor:
-    return packed(x)
-
-
 def fast_silu_mul(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -168,22 +165,25 @@ def sdpa(q_BGTRD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, bias: Tensor, scale: f
     return y.unflatten(2, (-1, R))[:, :, :T]
 
 
-def attention_op(name: str, mask_type: str) -> Callable:
+def attention_op(name: str, mask_type: str, more: str = "") -> Callable:
     schema = f"Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pos, {mask_type} mask"
-    return opaque(f"{name}({schema}, float scale) -> Tensor", lambda q, *_: q.new_empty(*q.shape[:2], q[0, 0].numel()))
+    schema = f"{name}({schema}, float scale{more}) -> Tensor"
+    return opaque(schema, lambda q, *_: q.new_empty(*q.shape[:2], q[0, 0].numel()))
 
 
-@attention_op("whole_attention", "Tensor[]")
-def whole_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
+@attention_op("attention", "Tensor[]", ", bool exact")
+def attention(q, k, v, k_cache, v_cache, pos, mask, scale, exact):
+    """One recipe for prefill, decode and verify."""
     write_cache(k, v, k_cache, v_cache, pos)
-    k, v = (cache.narrow(2, 0, mask[0].shape[-1]) for cache in (k_cache, v_cache))
-    return attend(q, k, v, *mask, scale)
+    sizes = min(len(q), 2), k_cache.shape[1], q.shape[3], q.shape[2] // k_cache.shape[1], q.dtype
+    way = recipe(*sizes, torch.get_num_threads()) if exact else attend
+    return way(q, *(cache.narrow(2, 0, mask[0].shape[-1]) for cache in (k_cache, v_cache)), *mask, scale)
 
 
 def fast_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
     """Of one token a row, compiled for a CPU, a few loops that Inductor writes: there, calling an op costs more."""
     if q.shape[1] > 1 or q.device.type != "cpu" or not torch.compiler.is_compiling():
-        return whole_attention(q, k, v, k_cache, v_cache, pos, mask, scale)
+        return attention(q, k, v, k_cache, v_cache, pos, mask, scale, False)
     write_cache(k, v, k_cache, v_cache, pos)
     k, v = (cache[:, :, None, : mask[0].shape[-1]].float() for cache in (k_cache, v_cache))
     scores = (q[:, 0].unflatten(1, (k.shape[1], -1)).unsqueeze(3).float() * k).sum(-1) * scale + mask[0][:, :, 0]
@@ -192,7 +192,7 @@ def fast_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
 
 FAST = Ops(
     pack=Packed,
-    linear=linear,
+    linear=lambda x, packed: packed(x),
     rms_norm=lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps),
     silu_mul=fast_silu_mul,
     mask=dense_mask,
@@ -285,8 +285,6 @@ class LeafPacked(Packed):
             # A few rows: one product of the whole weight with copies of them that are zero outside one leaf.
             return product((x.reshape(M, 1, G, -1) * self.places).view(M * G, K), self.weight).view(*x.shape[:-1], -1)
         safe = safe_rows(N, K // G, dtype, 1, threads)
-        if G == 1 and M in safe:
-            return product(x, self.weight, self.bias)
         if G == 1:
             return in_tiles(x.reshape(M, K), self.weight, safe, self.bias).view(*x.shape[:-1], N)
         pairs = zip(x.reshape(M, G, -1).unbind(1), self.leaves, strict=True)
@@ -314,11 +312,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def attend_safely(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale):
     """What `attend` must agree with, and its stand-in: one thread, tiles of 16 rows, each row of a batch alone."""
+    tiles = -(-16 * k_BGLD.shape[1] // q_BTHD.shape[2]), 512
     rows = zip(*(x.split(1) for x in (q_BTHD, k_BGLD, v_BGLD, bias)), strict=True)
     with one_thread():
-        return torch.cat(
-            [attend(*row, limit_T, scale, -(-16 * k_BGLD.shape[1] // q_BTHD.shape[2]), 512) for row in rows]
-        )
+        return torch.cat([attend(*row, limit_T, scale, *tiles) for row in rows])
 
 
 @functools.cache
@@ -341,15 +338,6 @@ def recipe(B: int, G: int, head_dim: int, group: int, dtype: torch.dtype, thread
     ways = [functools.partial(attend, tokens=n, keys=m) for n, m in ((1, 64), (-(-16 // group), 512))]
     starts = range(0, 512, 118)  # so that spans of all multiples of 64 occur
     return next((way for way in ways if all(agrees(way, start) for start in starts)), attend_safely)
-
-
-@attention_op("invariant_attention", "Tensor[]")
-def invariant_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
-    """One recipe for prefill, decode and verify."""
-    write_cache(k, v, k_cache, v_cache, pos)
-    G, span = k_cache.shape[1], mask[0].shape[-1]
-    way = recipe(min(len(q), 2), G, q.shape[3], q.shape[2] // G, q.dtype, torch.get_num_threads())
-    return way(q, k_cache.narrow(2, 0, span), v_cache.narrow(2, 0, span), *mask, scale)
 
 
 # The same on a GPU: a dot adds to one fp32 accumulator in ascending k, BLOCK_K at a time at every M, so bits depend on
@@ -466,11 +454,9 @@ class TritonPacked(Packed):
 
 def window_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads: tuple[int, int], dtype: torch.dtype):
     """On a GPU, where the kernel computes the mask, the window; on a CPU a dense mask."""
-    if not pos_BT.is_cuda:
-        return dense_mask(mask_mod, pos_BT, span, heads, dtype)
-    if (window := 1 << 30 if mask_mod is causal else getattr(mask_mod, "window", None)) is None:
+    if pos_BT.is_cuda and not hasattr(mask_mod, "window"):
         raise ValueError(f"on a GPU, deterministic attention is causal or a sliding_window, not {mask_mod}")
-    return window
+    return mask_mod.window if pos_BT.is_cuda else dense_mask(mask_mod, pos_BT, span, heads, dtype)
 
 
 @attention_op("triton_attention", "int")
@@ -504,11 +490,11 @@ def padded_log_softmax(logits: Tensor) -> Tensor:
 
 BATCH_INVARIANT = Ops(
     pack=lambda weight, *args: (TritonPacked if weight.is_cuda else LeafPacked)(weight, *args),
-    linear=linear,
+    linear=FAST.linear,
     rms_norm=lambda x, w, eps: (gpu_rms_norm if x.is_cuda else rms_norm)(x, w, eps),
     silu_mul=silu_mul,
     mask=window_mask,
-    attention=lambda q, *args: (triton_attention if q.is_cuda else invariant_attention)(q, *args),
+    attention=lambda q, *args: triton_attention(q, *args) if q.is_cuda else attention(q, *args, True),
     log_softmax=padded_log_softmax,
     compile_options={"emulate_precision_casts": True},
     exact=True,

@@ -2,13 +2,14 @@
 
 python quantize.py --mode int4                                   the default model, into DIR-int4-g32
 python quantize.py --mode int8 --checkpoint_path DIR --out NEW
-python quantize.py --mode int4-gptq --calibration FILE --group_size 64      least change of outputs on that text
+python quantize.py --mode int4 --calibration FILE      least change of outputs on that text
 
 A weight [N, K] is (code - zero) * scale on disk: int8 [N, K] with a scale a row and no zero, or uint8 [N, K / 2], the
 low nibble at even k, with scale and zero [N, K / group]. Packing for a device happens at load. The head is int8 in
 either mode; one that is tied to the embedding is quantized at load, and the embedding stays as it is."""
 
 import functools
+import itertools
 import json
 import math
 import shutil
@@ -30,7 +31,7 @@ class Int8Linear(Packed):
     sums of integers have no order, so at any number of rows bits are the same, and the speed is that of 8-bit units."""
 
     @staticmethod
-    def from_float(weight: Tensor, group_size: int, factor: None = None) -> dict[str, Tensor]:
+    def from_float(weight: Tensor, group_size: int, importance: None = None) -> dict[str, Tensor]:
         scale = (weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127).bfloat16()
         return {"weight": (weight / scale.float()).round().clamp(-127, 127).to(torch.int8), "scale": scale}
 
@@ -62,34 +63,24 @@ class Int4Linear(Packed):
     every number of rows."""
 
     @staticmethod
-    def grid(weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale (bf16) and zero (fp16) of a group along the last dimension: 0 and what lies farthest can be had."""
-        least, most = weights.amin(-1).clamp(max=0), weights.amax(-1).clamp(min=0)
-        scale = ((most - least) / 15).clamp(min=1e-30).bfloat16()
-        return scale, (-least / scale.float()).half()
-
-    @staticmethod
-    def from_float(weight: Tensor, group_size: int, factor: Tensor | None = None) -> dict[str, Tensor]:
-        """Rounded to nearest; with a factor U of H^-1 = U^T U, where H is the sum of x^T x over inputs x, one input
-        after the other, and those still to come make up for it (GPTQ, Frantar et al. 2022)."""
-        weight, codes, grids = weight.to(torch.float32, copy=True), [], []
-        for start in range(0, weight.shape[1], group_size):
-            group, later = weight[:, start:].split((group_size, weight.shape[1] - start - group_size), dim=1)
-            grids.append(Int4Linear.grid(group))
-            scale, zero = (x.float().unsqueeze(1) for x in grids[-1])
-            nearest = lambda w, scale=scale, zero=zero: (w / scale + zero).round().clamp(0, 15)
-            if factor is None:
-                codes.append(nearest(group))
-                continue
-            errors, rows = torch.zeros_like(group), factor[start : start + group_size, start:]
-            for j, row in enumerate(rows):
-                codes.append(nearest(group[:, j, None]))
-                errors[:, j, None] = (group[:, j, None] - (codes[-1] - zero) * scale) / row[j]
-                group[:, j:] -= errors[:, j, None] * row[j:group_size]
-            later -= errors @ rows[:, group_size:]
-        codes, (scale, zero) = torch.cat(codes, dim=1).to(torch.uint8), zip(*grids, strict=True)
-        packed = codes[:, ::2] | codes[:, 1::2] << 4
-        return {"weight": packed, "scale": torch.stack(scale, dim=1), "zero": torch.stack(zero, dim=1)}
+    def from_float(weight: Tensor, group_size: int, importance: Tensor | None = None) -> dict[str, Tensor]:
+        """Rounded to nearest between the least and the largest of a group, 0 among them. With the mean square of each
+        input as `importance` [K], of 16 pairs of narrower limits each group has those at which outputs change least, if
+        inputs are independent (clipping of AWQ, Lin et al. 2023, and importance matrix of llama.cpp)."""
+        w = weight.float().unflatten(1, (-1, group_size))
+        least, most = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
+        shares, best = (1, 0.92, 0.84, 0.76) if importance is not None else (1,), None
+        for low, high in itertools.product(shares, repeat=2):
+            scale = ((high * most - low * least) / 15).clamp(min=1e-30).bfloat16()
+            zero = (-low * least / scale).half()
+            codes = (w / scale + zero).round().clamp(0, 15)
+            error = (w - (codes - zero) * scale).square()
+            error = (error * (1 if importance is None else importance.view(-1, group_size))).sum(-1, keepdim=True)
+            now = error, codes, scale, zero
+            best = [torch.where(error < best[0], *pair) for pair in zip(now, best, strict=True)] if best else now
+        _, codes, scale, zero = (x.flatten(1) for x in best)
+        codes = codes.to(torch.uint8)
+        return {"weight": codes[:, ::2] | codes[:, 1::2] << 4, "scale": scale, "zero": zero}
 
     def pack(self, weight: Tensor, leaves: int, scale: Tensor, zero: Tensor) -> None:
         self.parts, self.group, self.leaves = leaves, 2 * weight.shape[1] // scale.shape[1], []
@@ -114,12 +105,10 @@ class Int4Linear(Packed):
 
 
 class FastInt4Linear(Int4Linear):
-    """The same, which expands the weight for many rows, where that kernel is slow; with other bits."""
-
-    MANY = 32
+    """The same, which expands the weight for many rows, where that kernel is slow: with other bits."""
 
     def products(self, x: Tensor) -> Tensor:
-        if x.shape[:-1].numel() < self.MANY or not self.expands(x.dtype):
+        if x.shape[:-1].numel() < 32 or torch.backends.cpu.get_cpu_capability() != "AVX512":
             return super().products(x)
         return self.whole([x.reshape(-1, x.shape[-1]) @ self.expanded(x.dtype)], x)
 
@@ -131,21 +120,13 @@ class FastInt4Linear(Int4Linear):
         scale, low = (x.to(dtype).contiguous().unsqueeze(1) for x in grid.unbind(-1))
         return torch.addcmul(low - 8 * scale, codes.to(dtype), scale).flatten(0, 1)
 
-    @staticmethod
-    @functools.cache
-    def expands(dtype: torch.dtype) -> bool:
-        """Whether this machine has that layout: one-hot rows give back the same weight either way."""
-        codes, ones = torch.arange(4096).view(128, 32).to(torch.uint8), torch.ones(128, 2)
-        layer, one_hot = FastInt4Linear(codes, None, 1, ones, ones), torch.eye(64, dtype=dtype)
-        return torch.equal(Int4Linear.products(layer, one_hot), layer.expanded(dtype))
-
 
 LINEARS = {"int8": Int8Linear, "int4": Int4Linear}
 
 
-def parts(mode: str | None, weight: Tensor, group_size: int, factor: Tensor | None = None) -> dict[str, Tensor]:
+def parts(mode: str | None, weight: Tensor, group_size: int, importance: Tensor | None = None) -> dict[str, Tensor]:
     """A float weight as a checkpoint of that mode has it, by kind."""
-    return LINEARS[mode].from_float(weight, group_size, factor) if mode else {"weight": weight}
+    return LINEARS[mode].from_float(weight, group_size, importance) if mode else {"weight": weight}
 
 
 def shapes(mode: str | None, rows: int, in_features: int, group_size: int) -> dict[str, tuple[int, int]]:
@@ -164,30 +145,26 @@ def pack(ops: Ops, weight: Tensor, bias: Tensor | None = None, leaves: int = 1, 
 
 
 def calibration(model, tokens_NT: Tensor) -> dict[str, Tensor]:
-    """The factors that from_float takes, by the names of weights, from one pass of a float model over a text."""
-    (N, T), factors = tokens_NT.shape, {}
+    """The mean square of each input, by the names of weights, from one pass of a float model over a text."""
+    (N, T), squares = tokens_NT.shape, {}
 
-    def measure(layer, args):
-        x = args[0].flatten(0, -2).float()
-        squares = x.T @ x
-        squares.diagonal().add_(0.01 * squares.diagonal().mean() + (squares.diagonal() == 0))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(squares))
-        factors.update(dict.fromkeys(layer.shapes, torch.linalg.cholesky(inverse, upper=True)))
+    def measure(layer, inputs: tuple[Tensor]) -> None:
+        squares.update(dict.fromkeys(layer.shapes, inputs[0].float().square().mean((0, 1))))
 
     for layer in model.layers.modules():
         if hasattr(layer, "packed"):
             layer.register_forward_pre_hook(measure)
     model(tokens_NT, torch.arange(T).expand(N, T), model.new_cache(N, T), T, last=True)
-    return factors
+    return squares
 
 
 @torch.inference_mode()
 def main(own, argv: list[str]) -> None:
     from generate import FAST, ModelConfig, Tokenizer, Transformer, load_checkpoint, read_json, refuse, refusing, say
 
-    mode, source, factors = own.mode.removesuffix("-gptq"), Path(own.checkpoint_path), {}
-    if argv or own.mode not in ("int8", "int4", "int4-gptq") or bool(own.calibration) != (own.mode == "int4-gptq"):
-        refuse("expected --mode int8, --mode int4 or --mode int4-gptq --calibration FILE, see --help")
+    mode, source, importance = own.mode, Path(own.checkpoint_path), {}
+    if argv or mode not in LINEARS or (own.calibration and mode == "int8"):
+        refuse("expected --mode int8, --mode int4 or --mode int4 --calibration FILE, see --help")
     config = ModelConfig.from_file(source / "config.json")
     suffix = f"-g{own.group_size}" if mode == "int4" else ""
     out = Path(own.out or f"{source.resolve()}-{own.mode}{suffix}")
@@ -201,7 +178,7 @@ def main(own, argv: list[str]) -> None:
             ids = Tokenizer(source).encode(Path(own.calibration).read_text(encoding="utf-8"))[: own.tokens]
         window = min(1024, config.context, len(ids)) or refuse(f"--calibration {own.calibration} has no token")
         load_checkpoint(reader := build(config), source, progress)
-        factors = calibration(reader, torch.tensor(ids[: len(ids) // window * window]).view(-1, window))
+        importance = calibration(reader, torch.tensor(ids[: len(ids) // window * window]).view(-1, window))
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as tmp:
         (work := Path(tmp, out.name)).mkdir()  # a TemporaryDirectory itself is closed to other users
         shard, written = {}, 0
@@ -210,7 +187,7 @@ def main(own, argv: list[str]) -> None:
             nonlocal shard, written
             for name, tensor in zip(layer.shapes, tensors, strict=True):
                 mode = layer.mode if tensor.dim() == 2 else None
-                named = parts(mode, tensor, own.group_size, factors.get(name))
+                named = parts(mode, tensor, own.group_size, importance.get(name))
                 shard |= (
                     {f"{name.rpartition('.')[0]}.{kind}": t for kind, t in named.items()} if mode else {name: tensor}
                 )

@@ -14,9 +14,9 @@ import torch
 
 import generate
 import quantize
-from kernels import BATCH_INVARIANT, FAST, add_leaves, linear
+from kernels import BATCH_INVARIANT, FAST, add_leaves
 from model import InputError, ModelConfig, Transformer, load_checkpoint
-from quantize import FastInt4Linear, Int4Linear, Int8Linear
+from quantize import Int4Linear, Int8Linear
 
 ROOT = Path(__file__).parent.parent
 ROWS = (1, 2, 3, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129, 257, 500)
@@ -156,7 +156,7 @@ def test_products_are_close_to_those_of_the_floats(mode, dtype, ops, N):
         layer, floated = packed(mode, weight, ops, bias, leaves)
         want = x.float() @ floated.T + bias
         for rows in (1, 70):
-            got = linear(x[:rows], layer)
+            got = layer(x[:rows])
             assert got.dtype == (torch.float32 if leaves > 1 and ops.exact else dtype) and got.shape == (rows, N)
             error = (got.float() - want[:rows]).abs().max() / want.abs().max()
             assert error < (0.02 if dtype == torch.bfloat16 else 0.002)
@@ -168,25 +168,33 @@ def test_products_are_close_to_those_of_the_floats(mode, dtype, ops, N):
 def test_rows_keep_their_bits_at_every_m(mode, dtype, N, K, leaves):
     layer, _ = packed(mode, randn(N, K), BATCH_INVARIANT, randn(N), leaves)
     x = randn(max(ROWS), K, seed=1).to(dtype)
-    want = linear(x, layer)
+    want = layer(x)
     for M in ROWS:
-        assert torch.equal(linear(x[:M], layer), want[:M]), M
-        assert torch.equal(linear(x[-M:].flip(0), layer), want[-M:].flip(0)), M
+        assert torch.equal(layer(x[:M]), want[:M]), M
+        assert torch.equal(layer(x[-M:].flip(0)), want[-M:].flip(0)), M
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="the layout that is known")
+def test_a_weight_is_expanded_to_what_the_kernel_computes_with():
+    layer, want = packed("int4", randn(128, 64).bfloat16())
+    one_hot = torch.eye(64)
+    kernel = Int4Linear.products(layer, one_hot)
+    torch.testing.assert_close(layer.expanded(torch.float32), kernel, rtol=0, atol=1e-6)
+    torch.testing.assert_close(kernel.T, want, rtol=0.01, atol=0.01)
 
 
 def test_expanding_many_rows_changes_bits():
     """The negative control: what FAST does with many rows."""
     layer, _ = packed("int4", randn(960, 576))
     x = randn(128, 576, seed=1).bfloat16()
-    assert FastInt4Linear.expands(torch.bfloat16)
-    assert not torch.equal(linear(x, layer)[:1], linear(x[:1], layer))
+    assert not torch.equal(layer(x)[:1], layer(x[:1]))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_leaves_change_bits(mode):
     """Another negative control: the sum of whole rows has other bits than that of leaves."""
     x, weight = randn(16, 192, seed=1), randn(96, 192)
-    assert not torch.equal(*(linear(x, packed(mode, weight, BATCH_INVARIANT, None, n)[0]) for n in (1, 3)))
+    assert not torch.equal(*(packed(mode, weight, BATCH_INVARIANT, None, n)[0](x) for n in (1, 3)))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -195,9 +203,9 @@ def test_threads_change_no_bits(mode, threads):
     layer, _ = packed(mode, randn(576, 1536), BATCH_INVARIANT, None, 3)
     x = randn(20, 1536, seed=1).bfloat16()
     torch.set_num_threads(1)
-    want = linear(x, layer)
+    want = layer(x)
     torch.set_num_threads(threads)
-    assert torch.equal(linear(x, layer), want)
+    assert torch.equal(layer(x), want)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -210,13 +218,13 @@ def test_shares_of_ranks_make_the_whole(mode, group):
     share = lambda dim, rank, size, leaves: pack(
         **{kind: cut(part, dim, rank, size) for kind, part in parts.items()}, leaves=leaves
     )
-    leaf = lambda y, packed: linear(y.float() if mode == "int8" else y, packed)  # which rounds to the type of y
-    rows = [linear(x, share(0, rank, 3, 4)) for rank in range(3)]
-    assert torch.equal(torch.cat(rows, dim=1), linear(x, whole))
+    leaf = lambda y, packed: packed(y.float() if mode == "int8" else y)  # which rounds to the type of y
+    rows = [share(0, rank, 3, 4)(x) for rank in range(3)]
+    assert torch.equal(torch.cat(rows, dim=1), whole(x))
     columns = [floats({kind: cut(part, 1, rank, 4) for kind, part in parts.items()}) for rank in range(4)]
     assert torch.equal(torch.cat(columns, dim=1), floats(parts))
     leaves = torch.stack([leaf(y, share(1, rank, 4, 1)) for rank, y in enumerate(x.chunk(4, dim=1))], dim=1)
-    assert torch.equal(add_leaves(leaves), linear(x, whole))
+    assert torch.equal(add_leaves(leaves), whole(x))
 
 
 # Models.
@@ -305,6 +313,8 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, change, message):
         (["--mode", "int5"], "expected --mode int8"),
         (["--mode", "int4", "--grop_size", "64"], "expected --mode int8"),
         (["--mode", "int4-gptq"], "--calibration FILE"),
+        (["--mode", "int8", "--calibration", "nowhere"], "--calibration FILE"),
+        (["--mode", "int4", "--calibration", "nowhere"], "nowhere cannot be read"),
         (["--mode", "int8", "--checkpoint_path", "nowhere"], "nowhere"),
     ],
 )
@@ -340,20 +350,29 @@ def test_a_killed_command_leaves_nothing_that_looks_whole(tmp_path):
 
 
 def test_calibration_lowers_the_error_of_outputs():
-    """On inputs that go together, against rounding to nearest; inputs that do not are a negative control."""
-    weight, noise = randn(64, 128), randn(4096, 128, seed=1)
+    """Where some inputs are larger than others, against rounding to nearest; a calibration on inputs that are large
+    elsewhere is the negative control."""
+    weight, size = randn(64, 128), 10 * randn(128, seed=1).square()
+    x = randn(4096, 128, seed=2) * size
 
-    def errors(x):
-        squares = x.T @ x
-        squares.diagonal().add_(0.01 * squares.diagonal().mean())
-        factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(squares)), upper=True)
-        got = (Int4Linear.from_float(weight, 64, factor), Int4Linear.from_float(weight, 64))
-        return [((x @ (floats(parts) - weight).T) ** 2).mean().item() for parts in got]
+    def error(importance):
+        return ((x @ (floats(Int4Linear.from_float(weight, 64, importance)) - weight).T) ** 2).mean().item()
 
-    calibrated, nearest = errors(randn(4096, 16, seed=2) @ randn(16, 128, seed=3) + 0.1 * noise)
-    assert calibrated < 0.6 * nearest
-    calibrated, nearest = errors(torch.eye(128).repeat(8, 1))
-    assert calibrated == pytest.approx(nearest, rel=1e-4)
+    calibrated, elsewhere, nearest = error(x.square().mean(0)), error(x.square().mean(0).flip(0)), error(None)
+    assert calibrated < 0.8 * nearest
+    assert elsewhere > 1.2 * calibrated
+
+
+def test_calibration_takes_the_inputs_of_each_layer(tmp_path):
+    """Of the first, they are the normed embeddings; and what comes after every layer has a share in it."""
+    model = load(directory(tmp_path / "m", CONFIG), "--precision", "fp32")
+    squares = quantize.calibration(model, torch.tensor(IDS).view(2, 35))
+    want = model.layers[0][0].norm(model.embed(torch.tensor(IDS)).float()).float().square().mean(0)
+    torch.testing.assert_close(squares["model.layers.0.self_attn.k_proj.weight"], want)
+    named = [name for layer in model.takers for name in layer.shapes if name.endswith("proj.weight")]
+    assert squares.keys() >= set(named) and len(named) == 14
+    sizes = {name: len(squares[name]) for name in named}
+    assert {n for name, n in sizes.items() if "down" in name} == {384} and set(sizes.values()) == {192, 384}
 
 
 def test_the_codes_of_a_gguf_come_back():
