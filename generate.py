@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
@@ -128,10 +127,9 @@ class Tokenizer:
         config = read_json(directory / "config.json", {}) | read_json(directory / "generation_config.json", {})
         eos = config.get("eos_token_id")
         self.eos_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
-        jinja = directory / "chat_template.jinja"
-        self.template = jinja.read_text() if jinja.exists() else self.settings.get("chat_template")
-        if isinstance(self.template, list):
-            self.template = {t["name"]: t["template"] for t in self.template}.get("default")
+        jinja, given = directory / "chat_template.jinja", self.settings.get("chat_template")
+        given = {t["name"]: t["template"] for t in given}.get("default") if isinstance(given, list) else given
+        self.template = jinja.read_text() if jinja.exists() else given
         with refusing(f"{directory}: expected a readable tokenizer.json or tokenizer.model", Exception):
             if (directory / "tokenizer.json").exists():
                 import tokenizers
@@ -159,7 +157,9 @@ class Tokenizer:
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation, ready for the next answer, by the checkpoint's template: untrusted code, sandboxed."""
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        env = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         env.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
         tokens = {n: self.settings.get(n) or "" for n in ("bos_token", "eos_token", "unk_token", "pad_token")}
         tokens = {n: token["content"] if isinstance(token, dict) else token for n, token in tokens.items()}
@@ -172,7 +172,7 @@ class Completion:
     """A request and what came of it so far; `finish_reason` is None while it runs."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer):
-        self.request, self.tokenizer = request, tokenizer
+        self.request, self.tokenizer, self.eos_ids = request, tokenizer, () if request.ignore_eos else tokenizer.eos_ids
         self.ids, self.tokens, self.logprobs = list(request.prompt_ids), [], []
         self.finish_reason = None if request.max_new_tokens else "length"  # the prompt fills the context
         # `shown` characters of the text have been returned, and it ends with the text of tokens[base:read].
@@ -184,8 +184,7 @@ class Completion:
         self.tokens.append(token)
         self.logprobs.append(logprob)
         stop, full = self.request.stop, len(self.tokens) >= self.request.max_new_tokens
-        ended = token in self.tokenizer.eos_ids and not self.request.ignore_eos
-        self.finish_reason = "stop" if ended else "length" if full else None
+        self.finish_reason = "stop" if token in self.eos_ids else "length" if full else None
         # A short window is enough: what a token adds depends on its neighbours only.
         before, now = (self.tokenizer.decode(self.tokens[self.base : end]) for end in (self.read, None))
         if self.finish_reason or not now.endswith("\ufffd"):
@@ -297,8 +296,7 @@ def prompt_lookup(slots: list[Completion | None], sampler: Sampler, k: int) -> l
     drafts = []
     for ids in [c.ids if c else [] for c in slots]:
         text = "".join(map(chr, ids))  # quick to search
-        ends = (text.rfind(text[-n:], 0, -1) + n for n in (4, 3, 2) if text[-n:] in text[:-1])
-        end = next(ends, len(ids))
+        end = next((text.rfind(text[-n:], 0, -1) + n for n in (4, 3, 2) if text[-n:] in text[:-1]), len(ids))
         drafts.append((ids[end : end + k] * k)[:k])  # what was drafted is text as well, so that it comes again
     return [draft or [0] * k for draft in drafts] if 2 * sum(map(bool, drafts)) >= sum(map(bool, slots)) else None
 
@@ -531,8 +529,7 @@ def run(engine: Engine, requests: list[Request], args: argparse.Namespace) -> No
     with open(args.output or os.devnull, "a", encoding="utf-8") as file:
         for completion, text in engine.generate(requests):
             done, lead = completion.finish_reason, "" if args.chat else completion.request.prompt
-            if args.score:
-                read = completion.request.line
+            if read := completion.request.line:
                 completion.logprobs = engine.score(read["prompt_ids"], read["tokens"])
             if done:
                 print(completion.json(), file=file, flush=True)
