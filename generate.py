@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
@@ -157,9 +158,7 @@ class Tokenizer:
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation, ready for the next answer, by the checkpoint's template: untrusted code, sandboxed."""
-        env = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         env.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
         tokens = {n: self.settings.get(n) or "" for n in ("bos_token", "eos_token", "unk_token", "pad_token")}
         tokens = {n: token["content"] if isinstance(token, dict) else token for n, token in tokens.items()}
@@ -565,10 +564,9 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load(args)
     load_s = time.perf_counter() - start
     requests = resume(args.output, [] if args.interactive else read_requests(args, model.config, tokenizer))
-    sizes = [len(r.prompt_ids) + r.max_new_tokens for r in requests]
-    length = model.config.context if args.interactive else max(sizes, default=1)
+    sizes = [model.config.context] if args.interactive else [len(r.prompt_ids) + r.max_new_tokens for r in requests]
     start = time.perf_counter()
-    engine = build(args, model, tokenizer, length)
+    engine = build(args, model, tokenizer, max(sizes, default=1))
     compile_s = time.perf_counter() - start
     trace = torch.profiler.profile(on_trace_ready=lambda profile: profile.export_chrome_trace(args.profile))
     with trace if args.profile else contextlib.nullcontext():
