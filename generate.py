@@ -384,9 +384,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
     """The model and its tokenizer, from the flags; fetches the default checkpoint where it is missing."""
-    names = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
-    with refusing(f"--device {args.device} is not available, choose from {names}", RuntimeError, AssertionError):
+    try:
         torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError):
+        names = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
+        refuse(f"--device {args.device} is not available, choose from {names}")
     directory, shape = args.checkpoint_path or DEFAULT_CHECKPOINT, args.random_weights
     if not (shape or args.checkpoint_path or directory.exists()):
         say(f"{directory} is missing, fetching it")
@@ -486,7 +488,7 @@ def read_requests(args: argparse.Namespace, config: ModelConfig, tokenizer: Toke
                     refuse("expected a text as prompt, an id of its own, integers as seed and max_new_tokens")
                 made[entry["id"]] = make_requests(args, config, tokenizer, entry)
             elif "stats" not in given:
-                ids = (given["prompt_ids"] or refuse("expected some prompt_ids")) + given["tokens"]
+                ids = (given["prompt_ids"] or refuse("expected prompt_ids")) + given["tokens"]
                 entry = {name: given.get(name) for name in ("id", "sample")} | {"prompt": "", "prompt_ids": ids}
                 entry |= {"max_new_tokens": 0, "line": given}  # nothing is left to draw
                 made[i] = make_requests(args, config, tokenizer, entry)[:1]
