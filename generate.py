@@ -22,8 +22,9 @@ from kernels import BATCH_INVARIANT, FAST
 from model import InputError, ModelConfig, Transformer, load_checkpoint, randomize, read_json, refuse, refusing
 from scripts import bench, download
 
-DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "SmolLM2-135M-Instruct"
+DEFAULT_CHECKPOINT = download.DEFAULT
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LINE = "id sample prompt prompt_ids text tokens logprobs finish_reason prompt_tokens seed".split()  # of --json
 WORD = 0xFFFFFFFF
 agreement = lambda a, b: [*map(int.__eq__, a, b), False].index(False)  # how many ids two texts begin with alike
 message = lambda role, text: {"role": role, "content": text}
@@ -56,12 +57,12 @@ def gumbel(key_B2: Tensor, pos_B: Tensor, ids_BK: Tensor) -> Tensor:
 def top(logits_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest fp32 logits and their ids, by (value descending, id ascending), exactly: value and id are packed
     into one integer, so there is no tie for a kernel to break as it likes."""
-    (B, V), device = logits_BV.shape, logits_BV.device
-    if V % 64 == 0 and V > 128 * k:  # all k lie in the k blocks of 64 with the largest maxima, by the same order
+    B, V = logits_BV.shape
+    in_blocks = V % 64 == 0 and V > 128 * k
+    ids = torch.arange(64 if in_blocks else V, device=logits_BV.device).expand(B, -1)
+    if in_blocks:  # all k lie in the k blocks of 64 with the largest maxima, by the same order
         blocks = top(logits_BV.reshape(B, -1, 64).amax(-1), k)[1]
-        ids = (blocks[:, :, None] * 64 + torch.arange(64, device=device)).flatten(1)
-    else:
-        ids = torch.arange(V, device=device).expand(B, V)
+        ids = (blocks[:, :, None] * 64 + ids[:, None]).flatten(1)
     bits = (logits_BV.gather(1, ids) + 0.0).view(torch.int32)  # adding 0 turns -0 into 0
     packed = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32 | (WORD - ids)
     ids = WORD - (packed.topk(min(k, V)).values & WORD)
@@ -127,10 +128,9 @@ class Tokenizer:
         config = read_json(directory / "config.json", {}) | read_json(directory / "generation_config.json", {})
         eos = config.get("eos_token_id")
         self.eos_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
-        jinja = directory / "chat_template.jinja"
-        self.template = jinja.read_text() if jinja.exists() else self.settings.get("chat_template")
-        if isinstance(self.template, list):
-            self.template = {t["name"]: t["template"] for t in self.template}.get("default")
+        jinja, given = directory / "chat_template.jinja", self.settings.get("chat_template")
+        given = {t["name"]: t["template"] for t in given}.get("default") if isinstance(given, list) else given
+        self.template = jinja.read_text() if jinja.exists() else given
         with refusing(f"{directory}: expected a readable tokenizer.json or tokenizer.model", Exception):
             if (directory / "tokenizer.json").exists():
                 import tokenizers
@@ -164,15 +164,14 @@ class Tokenizer:
         tokens = {n: token["content"] if isinstance(token, dict) else token for n, token in tokens.items()}
         with refusing("the chat template failed", Exception):  # whatever a template can do wrong
             template = env.from_string(self.template or refuse("this checkpoint has none"))
-            text = template.render(messages=messages, add_generation_prompt=True, **tokens)
-        return self.encode(text, bos=False)
+            return self.encode(template.render(tokens, messages=messages, add_generation_prompt=True), bos=False)
 
 
 class Completion:
     """A request and what came of it so far; `finish_reason` is None while it runs."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer):
-        self.request, self.tokenizer = request, tokenizer
+        self.request, self.tokenizer, self.eos_ids = request, tokenizer, () if request.ignore_eos else tokenizer.eos_ids
         self.ids, self.tokens, self.logprobs = list(request.prompt_ids), [], []
         self.finish_reason = None if request.max_new_tokens else "length"  # the prompt fills the context
         # `shown` characters of the text have been returned, and it ends with the text of tokens[base:read].
@@ -184,8 +183,7 @@ class Completion:
         self.tokens.append(token)
         self.logprobs.append(logprob)
         stop, full = self.request.stop, len(self.tokens) >= self.request.max_new_tokens
-        ended = token in self.tokenizer.eos_ids and not self.request.ignore_eos
-        self.finish_reason = "stop" if ended else "length" if full else None
+        self.finish_reason = "stop" if token in self.eos_ids else "length" if full else None
         # A short window is enough: what a token adds depends on its neighbours only.
         before, now = (self.tokenizer.decode(self.tokens[self.base : end]) for end in (self.read, None))
         if self.finish_reason or not now.endswith("\ufffd"):
@@ -200,10 +198,9 @@ class Completion:
         return self.text[start : self.shown]
 
     def json(self) -> str:
-        r = self.request
-        line = {"id": r.id, "sample": r.sample, "prompt": r.prompt, "prompt_ids": r.prompt_ids, "text": self.text}
-        line |= {"tokens": self.tokens, "logprobs": self.logprobs, "finish_reason": self.finish_reason}
-        return json.dumps(line | {"prompt_tokens": len(r.prompt_ids), "seed": r.seed}, ensure_ascii=False)
+        known = vars(self.request) | vars(self) | {"prompt_tokens": len(self.request.prompt_ids)}
+        line = self.request.line or {name: known[name] for name in LINE}
+        return json.dumps(line | {"logprobs": self.logprobs}, ensure_ascii=False)
 
 
 class Engine:
@@ -265,18 +262,16 @@ class Engine:
             rows = batch, drafts, drawn_BT.tolist(), self.logprobs(logits_BTV, drawn_BT)
             self.first_token_s = self.first_token_s or time.perf_counter() - began
             self.seconds[phase] += time.perf_counter() - start
-            made = []
             for completion, draft, drawn, logprobs in [row for row in zip(*rows, strict=False) if row[0]]:
-                before = len(completion.tokens)
                 for token, logprob in zip(drawn[: agreement(draft, drawn) + 1], logprobs, strict=False):
                     if not completion.finish_reason:
                         yield completion, completion.push(token, logprob)
-                made.append(len(completion.tokens) - before)
+            made = [len(c.ids) - before for c, before in zip(batch, pos_N[::T], strict=True) if c]
             self.tokens["new"] += sum(made)
             self.tokens["decode"] += sum(made) if phase == "decode" else 0
-            if T > 1:  # after rounds that did not pay, longer and longer pauses
+            if T > 1:  # after rounds without `pays` accepted drafts a completion, longer and longer pauses
                 self.accept_counts = [count + made.count(n) for n, count in enumerate(self.accept_counts, start=1)]
-                self.failed = 0 if sum(made) >= (1 + self.propose.pays) * len(made) else self.failed + 1
+                self.failed = 0 if sum(made) >= (1 + getattr(self.propose, "pays", 1)) * len(made) else self.failed + 1
                 self.wait = min(2**self.failed // 4, 64)
             slots = [None if c and c.finish_reason else c for c in slots]
 
@@ -300,13 +295,9 @@ def prompt_lookup(slots: list[Completion | None], sampler: Sampler, k: int) -> l
     drafts = []
     for ids in [c.ids if c else [] for c in slots]:
         text = "".join(map(chr, ids))  # quick to search
-        ends = (text.rfind(text[-n:], 0, -1) + n for n in (4, 3, 2) if text[-n:] in text[:-1])
-        end = next(ends, len(ids))
+        end = next((text.rfind(text[-n:], 0, -1) + n for n in (4, 3, 2) if text[-n:] in text[:-1]), len(ids))
         drafts.append((ids[end : end + k] * k)[:k])  # what was drafted is text as well, so that it comes again
     return [draft or [0] * k for draft in drafts] if 2 * sum(map(bool, drafts)) >= sum(map(bool, slots)) else None
-
-
-prompt_lookup.pays = 1  # accepted drafts a completion, from which on a round is worth its time
 
 
 class DraftModel:
@@ -349,7 +340,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--prompt", action="append", metavar="TEXT", help="repeatable; an integer means so many random tokens")
     add("--prompts_file", type=Path, metavar="FILE", help=".jsonl (prompt, id, seed, max_new_tokens) or text; -: stdin")
     add("--chat", action="store_true", help="apply the checkpoint's chat template")
-    add("--system", metavar="TEXT", help="system prompt of a chat")
+    add("--system", type=lambda text: [message("system", text)], default=[], metavar="TEXT", help="prompt of a chat")
     add("--interactive", action="store_true", help="a conversation in the terminal: /clear, /exit")
     add("--max_new_tokens", **count, default=d.max_new_tokens, help="of each completion (%(default)s)")
     add("--temperature", type=float, default=d.temperature, help="0: the likeliest token (%(default)s)")
@@ -378,20 +369,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for flag, (low, high) in ranges.items():
         if not low <= (value := getattr(args, flag)) <= high:
             refuse(f"--{flag} {value} is out of range, expected {low} to {high:g}")
-    rivals = ["score interactive prompts_file prompt", "random_weights checkpoint_path chat", "prompts_file prompt"]
-    rivals += [
-        "draft_checkpoint_path prompt_lookup",
-        "draft_quantize prompt_lookup",
-        "interactive prompts_file prompt random_weights json output",
-    ]
+    rivals = ["score interactive prompts_file prompt", "interactive prompts_file prompt json output"]
+    rivals += ["random_weights checkpoint_path chat interactive", "prompts_file prompt"]
+    rivals += ["prompt_lookup draft_checkpoint_path draft_quantize"]
     for flag, *others in map(str.split, rivals):
         if getattr(args, flag) and (given := [other for other in others if getattr(args, other)]):
             refuse(f"--{flag} excludes --{given[0]}")
-    if args.system is not None and not (args.chat or args.interactive):
+    if args.system and not (args.chat or args.interactive):
         refuse("--system needs --chat or --interactive")
     if args.top_p == 0 or "" in args.stop:
         refuse("expected --top_p above 0 and some text after --stop")
-    args.system = [] if args.system is None else [message("system", args.system)]
     return args
 
 
@@ -399,9 +386,9 @@ def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
     """The model and its tokenizer, from the flags; fetches the default checkpoint where it is missing."""
     try:
         torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError):
         names = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
-        raise InputError(f"--device {args.device} is not available, choose from {names}") from e
+        refuse(f"--device {args.device} is not available, choose from {names}")
     directory, shape = args.checkpoint_path or DEFAULT_CHECKPOINT, args.random_weights
     if not (shape or args.checkpoint_path or directory.exists()):
         say(f"{directory} is missing, fetching it")
@@ -462,60 +449,56 @@ def build(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, le
 def make_requests(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, entry: dict) -> list[Request]:
     """The samples of a prompt: its `prompt_ids`, random ones for a typed number, else by template or BOS rule; checked,
     and max_new_tokens cut to the context. Raises InputError."""
-    name, text, ids = entry["id"], entry["prompt"], entry.get("prompt_ids")
+    text, ids = entry["prompt"], entry.get("prompt_ids")
     text.encode()  # raises UnicodeError for half a character, which no tokenizer takes
     if ids is None and text.isascii() and text.isdigit() and not args.prompts_file:
         generator, size = torch.Generator().manual_seed(args.seed & WORD), min(int(text[:18]), config.context + 1)
         ids = torch.randint(config.vocab_size, (size,), generator=generator).tolist()
     elif ids is None:
         ids = tokenizer.encode_chat(args.system + [message("user", text)]) if args.chat else tokenizer.encode(text)
-    room = config.context - len(ids)
-    if not ids or room < 0 or max(ids) >= config.vocab_size:
-        expected = f"1 to {config.context} tokens (the model's context) with ids below {config.vocab_size}"
-        refuse(f"prompt {name} has {len(ids)} tokens, expected {expected}")
+    room, name = config.context - len(ids), f"prompt {entry['id']}"
+    if not ids or room < 0 or any(type(x) is not int or not 0 <= x < config.vocab_size for x in ids):
+        expected = f"1 to {config.context} tokens (the model's context) with ids from 0 to {config.vocab_size - 1}"
+        refuse(f"{name} has {len(ids)} tokens, expected {expected}")
     settings = {f.name: getattr(args, f.name) for f in fields(Request) if hasattr(args, f.name)} | entry
     if settings["max_new_tokens"] > room:
-        say(f"warning: prompt {name} meets the context of {config.context} after {room} new tokens")
+        say(f"warning: {name} meets the context of {config.context} after {room} new tokens")
     settings |= {"prompt_ids": ids, "max_new_tokens": min(settings["max_new_tokens"], room)}
-    return [Request(sample=i, **settings) for i in range(args.num_samples)]
+    return [Request(**{"sample": i} | settings) for i in range(args.num_samples)]
 
 
 def read_requests(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer) -> list[Request]:
     """For each --prompt, or each line of --prompts_file or --score (-: standard input) that is neither blank nor stats.
     Raises InputError that names the line."""
-    lines, is_json = enumerate(args.prompt or ["128" if args.random_weights else "Hello, my name is"]), False
     flag, path = ("--score", args.score) if args.score else ("--prompts_file", args.prompts_file)
+    lines, is_json = enumerate(args.prompt or ["128" if args.random_weights else "Hello, my name is"]), False
     if path:
         with refusing(f"{flag} {path} cannot be read", OSError, ValueError):
             text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode()
         lines = [(i, line.removesuffix("\r")) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
         is_json = args.score or path.suffix == ".jsonl" or (str(path) == "-" and text.lstrip().startswith('{"'))
-    kinds, prompts, scored = {"prompt": [str], "id": [str, int], "seed": [int], "max_new_tokens": [int]}, {}, []
+    kinds, made = {"prompt": [str], "id": [str, int], "seed": [int], "max_new_tokens": [int]}, {}
     for i, line in lines or refuse(f"{flag} {path} is empty"):
-        with refusing(f"{flag} {path}, line {i} is refused", ValueError, TypeError, KeyError):
+        with refusing(f"{flag} {path}, line {i} is refused" if path else "--prompt", ValueError, TypeError, KeyError):
             given = json.loads(line) if is_json else {"prompt": line}
             if not args.score:
-                entry = {"id": len(prompts)} | {key: given[key] for key in kinds if key in given or key == "prompt"}
+                entry = {"id": len(made)} | {key: given[key] for key in kinds if key in given or key == "prompt"}
                 kind_is_wrong = any(type(value) not in kinds[name] for name, value in entry.items())
-                if kind_is_wrong or entry.get("max_new_tokens", 1) < 1 or entry["id"] in prompts:
+                if kind_is_wrong or entry.get("max_new_tokens", 1) < 1 or entry["id"] in made:
                     refuse("expected a text as prompt, an id of its own, integers as seed and max_new_tokens")
-                prompts[entry["id"]] = entry
+                made[entry["id"]] = make_requests(args, config, tokenizer, entry)
             elif "stats" not in given:
-                ids, tokens, size = given["prompt_ids"], given["tokens"], config.vocab_size
-                known = all(type(x) is int and 0 <= x < size for x in ids + tokens)
-                if not (known and ids and len(ids + tokens) <= config.context):
-                    refuse(f"expected 1 to {config.context} ids from 0 to {size - 1}, the first of them prompt_ids")
-                scored.append(Request(given.get("id"), "", ids, given.get("sample"), len(tokens), line=given))
-    if args.score:
-        return scored or refuse(f"--score {path} has no completion")
-    return [request for entry in prompts.values() for request in make_requests(args, config, tokenizer, entry)]
+                ids = (given["prompt_ids"] or refuse("expected prompt_ids")) + given["tokens"]
+                entry = {name: given.get(name) for name in ("id", "sample")} | {"prompt": "", "prompt_ids": ids}
+                entry |= {"max_new_tokens": 0, "line": given}  # nothing is left to draw
+                made[i] = make_requests(args, config, tokenizer, entry)[:1]
+    return [request for samples in made.values() for request in samples] or refuse(f"{flag} {path} has no completion")
 
 
 def resume(path: Path | None, requests: list[Request]) -> list[Request]:
     """Those of which an --output file has no completion; a torn last line of the file is cut off."""
     *lines, torn = (path.read_bytes() if path and path.exists() else b"").split(b"\n")
-    foreign = f"--output {path} holds something else than completions, which would be lost"
-    with refusing(foreign, ValueError, KeyError, TypeError):
+    with refusing(f"--output {path} holds more than completions, which would be lost", ValueError, KeyError, TypeError):
         done = {(entry["id"], entry["sample"]) for entry in map(json.loads, lines) if "stats" not in entry}
         b'{"id": '.startswith(torn[:7]) or refuse("its last line")
     if torn:
@@ -542,20 +525,19 @@ def report(engine: Engine, load_s: float, compile_s: float, as_json: bool) -> No
 
 def run(engine: Engine, requests: list[Request], args: argparse.Namespace) -> None:
     """Print completions as they come, or those read, with logprobs by prefill; each is appended to --output."""
-    streaming, end = engine.batch_size == 1 and not args.json, "\n\n"[: len(requests)]
+    as_json, end = args.json or args.score, "\n\n"[: len(requests)]
+    streaming = engine.batch_size == 1 and not as_json
     with open(args.output or os.devnull, "a", encoding="utf-8") as file:
-        for request in requests if args.score else []:
-            line = request.line | {"logprobs": engine.score(request.prompt_ids, request.line["tokens"])}
-            for out in (file, sys.stdout):
-                print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
-        for completion, text in engine.generate([] if args.score else requests):
+        for completion, text in engine.generate(requests):
             done, lead = completion.finish_reason, "" if args.chat else completion.request.prompt
+            if read := completion.request.line:
+                completion.logprobs = engine.score(read["prompt_ids"], read["tokens"])
             if done:
                 print(completion.json(), file=file, flush=True)
             if streaming:
                 print(text if len(completion.tokens) > 1 else lead + text, end=end if done else "", flush=True)
             elif done:
-                print(completion.json() if args.json else lead + completion.text + end[1:], flush=True)
+                print(completion.json() if as_json else lead + completion.text + end[1:], flush=True)
 
 
 def converse(engine: Engine, args: argparse.Namespace) -> None:
@@ -584,10 +566,9 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load(args)
     load_s = time.perf_counter() - start
     requests = resume(args.output, [] if args.interactive else read_requests(args, model.config, tokenizer))
-    sizes = [len(r.prompt_ids) + r.max_new_tokens for r in requests]
-    length = model.config.context if args.interactive else max(sizes, default=1)
+    sizes = [model.config.context] if args.interactive else [len(r.prompt_ids) + r.max_new_tokens for r in requests]
     start = time.perf_counter()
-    engine = build(args, model, tokenizer, length)
+    engine = build(args, model, tokenizer, max(sizes, default=1))
     compile_s = time.perf_counter() - start
     trace = torch.profiler.profile(on_trace_ready=lambda profile: profile.export_chrome_trace(args.profile))
     with trace if args.profile else contextlib.nullcontext():
