@@ -137,8 +137,7 @@ class Layer(nn.Module):
 
 
 class Linear(Layer):
-    """y = x W^T + b, over one or several checkpoint layers of the same input, stacked along the output. The sums along
-    the input are cut into leaves where tensor parallelism can `cut` them."""
+    """y = x W^T + b of the checkpoint layers of one input, stacked. `cut`: sums are made of leaves that ranks share."""
 
     def __init__(self, model: "Transformer", parts: dict[str, int], in_features: int, bias: bool, cut: bool = False):
         config = model.config
@@ -147,9 +146,7 @@ class Linear(Layer):
             refuse(f"group_size {config.group_size} does not divide {in_features} inputs, choose from 32, 64, 128")
         kinds = quantize.shapes(mode if config.stored else None, 1, in_features, config.group_size)  # as of one row
         kinds |= {"bias": (1,)} if bias else {}
-        super().__init__(
-            model, {f"{name}.{kind}": (N, *kinds[kind][1:]) for name, N in parts.items() for kind in kinds}
-        )
+        super().__init__(model, {f"{x}.{kind}": (N, *kinds[kind][1:]) for x, N in parts.items() for kind in kinds})
         self.mode, self.kinds, multiple = mode, list(kinds), config.group_size if mode == "int4" else 32
         self.leaves = leaf_count(config.n_kv_heads, in_features, multiple) if cut else 1
 
@@ -199,14 +196,12 @@ class Attention(Layer):
 
     def __init__(self, model: "Transformer", prefix: str):
         super().__init__(model)
-        config, D = model.config, model.config.head_dim
+        config, D, attn = model.config, model.config.head_dim, f"{prefix}.self_attn"
         self.norm = RMSNorm(model, {f"{prefix}.input_layernorm.weight": (config.dim,)})
-        heads = {"q": config.n_heads, "k": config.n_kv_heads, "v": config.n_kv_heads}
-        parts = {f"{prefix}.self_attn.{x}_proj": n * D for x, n in heads.items()}
+        parts = {f"{attn}.q_proj": config.n_heads * D} | {f"{attn}.{x}_proj": config.n_kv_heads * D for x in "kv"}
         self.qkv = Linear(model, parts, config.dim, config.qkv_bias)
-        self.o = Linear(model, {f"{prefix}.self_attn.o_proj": config.dim}, config.n_heads * D, config.o_bias, cut=True)
-        norms = [f"{prefix}.self_attn.{x}_norm.weight" for x in "qk"] if config.qk_norm else []
-        self.qk_norms = nn.ModuleList(RMSNorm(model, {name: (D,)}) for name in norms)
+        self.o = Linear(model, {f"{attn}.o_proj": config.dim}, config.n_heads * D, config.o_bias, cut=True)
+        self.qk_norms = nn.ModuleList(RMSNorm(model, {f"{attn}.{x}_norm.weight": (D,)}) for x in "qk" if config.qk_norm)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, pos_BT: Tensor, mask, *kv_cache: Tensor) -> Tensor:
         D, H, G = self.config.head_dim, self.config.n_heads, self.config.n_kv_heads
