@@ -22,7 +22,7 @@ ROPE_TYPES["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", "origin
 SUPPORTED = {"architectures": FAMILIES, "hidden_act": ["silu"], "rope_type": ROPE_TYPES, "partial_rotary_factor": [1]}
 SUPPORTED |= {"quantization mode": [None, *quantize.LINEARS], "group_size": (32, 64, 128)}
 KVCache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, n_kv_heads, length, head_dim]
-called = lambda name: field(metadata={"name": name})  # by config.json, or by a family
+called = lambda name: field(metadata={"name": name})  # by config.json, where that has another name for it
 whole_blocks = lambda length: -(-length // 64) * 64  # keys, whose products oneDNN computes faster in whole blocks
 
 
@@ -53,33 +53,31 @@ def read_json(path: Path, default: dict | None = None) -> dict:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    vocab_size: int = called("vocab_size")
+    vocab_size: int
     dim: int = called("hidden_size")
     n_layers: int = called("num_hidden_layers")
     n_heads: int = called("num_attention_heads")
     n_kv_heads: int = called("num_key_value_heads")
-    head_dim: int = called("head_dim")
+    head_dim: int
     ffn_dim: int = called("intermediate_size")
     context: int = called("max_position_embeddings")
     tied: bool = called("tie_word_embeddings")
-    qkv_bias: bool = called("qkv_bias")
+    qkv_bias: bool
     o_bias: bool = called("attention_bias")
     ffn_bias: bool = called("mlp_bias")
-    qk_norm: bool = called("qk_norm")
-    norm_eps: float
+    qk_norm: bool
+    norm_eps: float = called("rms_norm_eps")
     windows: tuple[int | None, ...]  # each layer's sliding window, None where attention is full
     rope: dict  # rope_theta, rope_type and what ROPE_TYPES names for it
-    mode: str | None = None  # how the weights of linear layers are quantized, in the checkpoint if `stored`, or loading
-    group_size: int = 32  # weights of int4 that share a scale
-    stored: bool = False
+    mode: str | None = called("quantization mode")  # of linear layers, in the checkpoint if `stored`, or loading
+    group_size: int  # weights of int4 that share a scale
+    stored: bool = called("quantization mode")
 
     def quantized(self, mode: str, group_size: int) -> "ModelConfig":
         """The same for a model that is quantized while loading; raises InputError if it is quantized already."""
-        return (
+        if self.mode:
             refuse(f"the checkpoint is {self.mode} already")
-            if self.mode
-            else replace(self, mode=mode, group_size=group_size)
-        )
+        return replace(self, mode=mode, group_size=group_size)
 
     @classmethod
     def from_file(cls, path: Path) -> "ModelConfig":
@@ -91,10 +89,9 @@ class ModelConfig:
         with refusing(str(path), LookupError, TypeError, AttributeError, ArithmeticError, ValueError):
             rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta")} | raw.get("rope_scaling", {})
             rope = {"rope_type": rope.get("type", "default")} | rope
-            raw |= rope | {"architectures": (raw["architectures"] or [None])[0]}
-            how = raw.get("quantization_config", {"mode": None})
-            raw |= {"quantization mode": how.get("mode", how.get("quant_method"))}
-            raw |= {"group_size": how.get("group_size", 32)}
+            raw |= rope | {"rope": rope, "architectures": (raw["architectures"] or [None])[0]}
+            how = {"group_size": 32} | raw.get("quantization_config", {})
+            raw |= {"quantization mode": how.get("mode", how.get("quant_method")), "group_size": how["group_size"]}
             for name, choices in SUPPORTED.items():
                 if raw[name] not in choices:
                     refuse(f"{name} {raw[name]} is not supported, choose from {', '.join(map(str, choices))}")
@@ -105,17 +102,11 @@ class ModelConfig:
             slides = [kind == "sliding_attention" for kind in raw.get("layer_types", ())]
             slides = slides or [i >= raw.get("max_window_layers", 0) for i in range(n_layers)]
             windowed = raw.get("use_sliding_window") and "sliding_window" in raw
-            windows = tuple(size("sliding_window") if windowed and slide else None for slide in slides)
-            read = {int: size, bool: lambda name: bool(raw.get(name))}
-            values = {f.name: read[f.type](f.metadata["name"]) for f in fields(cls) if f.metadata}
-            values |= {
-                "mode": (mode := raw["quantization mode"]),
-                "group_size": raw["group_size"],
-                "stored": bool(mode),
-            }
-            config = cls(**values, norm_eps=float(raw["rms_norm_eps"]), windows=windows, rope=rope)
+            raw["windows"] = tuple(size("sliding_window") if windowed and slide else None for slide in slides)
+            read = {int: size, float: lambda name: float(raw[name]), bool: lambda name: bool(raw.get(name))}
+            config = cls(*(read.get(f.type, raw.get)(f.metadata.get("name", f.name)) for f in fields(cls)))
             rope_table(config, 1)  # raises for settings that are missing or wrong
-            if n_heads % config.n_kv_heads or config.head_dim % 2 or len(windows) != n_layers:
+            if n_heads % config.n_kv_heads or config.head_dim % 2 or len(slides) != n_layers:
                 refuse("expected KV heads that divide the heads, an even head_dim and a layer_type for each layer")
             return config
 
@@ -123,10 +114,9 @@ class ModelConfig:
 def rope_table(config: ModelConfig, length: int) -> Tensor:
     """cos and sin by position and frequency, fp32 [length, 2, head_dim / 2] (RoFormer, eq. 34); "linear" divides
     the frequencies, "llama3" (Llama 3.1) divides the long wavelengths, keeps the short and blends those between."""
-    rope = config.rope
-    settings = [float(rope[name]) for name in ROPE_TYPES[rope["rope_type"]]]
+    settings = [float(config.rope[name]) for name in ROPE_TYPES[config.rope["rope_type"]]]
     factor, low, high, original_context = settings + [1.0, 0.0, 1.0, 0.0][len(settings) :]  # which change nothing
-    freq = 1.0 / float(rope["rope_theta"] or 10000.0) ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
+    freq = 1.0 / float(config.rope["rope_theta"] or 10000.0) ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
     keep = ((original_context * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
     freq = keep * freq + (1 - keep) * freq / factor
     angle = torch.arange(length).float()[:, None] * freq
@@ -147,25 +137,22 @@ class Layer(nn.Module):
 
 
 class Linear(Layer):
-    """y = x W^T + b, over one or several checkpoint layers of the same input, stacked along the output. The sums along
-    the input are cut into leaves where tensor parallelism can `cut` them."""
+    """y = x W^T + b of the checkpoint layers of one input, stacked. `cut`: sums are made of leaves that ranks share."""
 
     def __init__(self, model: "Transformer", parts: dict[str, int], in_features: int, bias: bool, cut: bool = False):
         config = model.config
         mode = "int8" if config.mode and "lm_head" in parts else config.mode  # int4 would be no faster there on a CPU
         if mode == "int4" and in_features % config.group_size:
             refuse(f"group_size {config.group_size} does not divide {in_features} inputs, choose from 32, 64, 128")
-        kinds = lambda rows: quantize.shapes(mode if config.stored else None, rows, in_features, config.group_size)
-        kinds = {name: kinds(rows) | ({"bias": (rows,)} if bias else {}) for name, rows in parts.items()}
-        super().__init__(model, {f"{name}.{kind}": shape for name in kinds for kind, shape in kinds[name].items()})
-        self.mode, multiple = mode, max(config.group_size if mode == "int4" else 0, 32)
+        kinds = quantize.shapes(mode if config.stored else None, 1, in_features, config.group_size)  # as of one row
+        kinds |= {"bias": (1,)} if bias else {}
+        super().__init__(model, {f"{x}.{kind}": (N, *kinds[kind][1:]) for x, N in parts.items() for kind in kinds})
+        self.mode, self.kinds, multiple = mode, list(kinds), config.group_size if mode == "int4" else 32
         self.leaves = leaf_count(config.n_kv_heads, in_features, multiple) if cut else 1
 
     def load(self, tensors: list[Tensor], mapped: bool) -> int:
-        parts = {}
-        for name, tensor in zip(self.shapes, tensors, strict=True):
-            parts.setdefault(name.rpartition(".")[2], []).append(tensor)
-        parts = {kind: torch.cat(some).to(self.device) for kind, some in parts.items()}  # a copy, outside the file
+        # Each checkpoint layer has the same kinds in turn; to stack them makes a copy, outside the file.
+        parts = {kind: torch.cat(tensors[i :: len(self.kinds)]).to(self.device) for i, kind in enumerate(self.kinds)}
         if "scale" not in parts:
             parts = {kind: tensor.to(self.dtype) for kind, tensor in parts.items()}
             parts |= quantize.parts(self.mode, parts["weight"], self.config.group_size)
@@ -193,8 +180,8 @@ class Embedding(Layer):
 
     def load(self, tensors: list[Tensor], mapped: bool) -> int:
         self.weight = tensors[0] if self.device.type == "cpu" else tensors[0].to(self.device, self.dtype)
-        head = quantize.parts("int8" if self.config.mode else None, self.weight.to(self.dtype), 0)
-        self.packed = quantize.pack(self.ops, **head) if self.config.tied else None
+        head = lambda: quantize.parts("int8" if self.config.mode else None, self.weight.to(self.dtype), 0)
+        self.packed = quantize.pack(self.ops, **head()) if self.config.tied else None
         in_file, shared = mapped and self.weight is tensors[0], self.packed and self.packed.weight is self.weight
         return (self.packed.nbytes if self.packed else 0) + (0 if in_file or shared else self.weight.nbytes)
 
@@ -209,14 +196,12 @@ class Attention(Layer):
 
     def __init__(self, model: "Transformer", prefix: str):
         super().__init__(model)
-        config, D = model.config, model.config.head_dim
+        config, D, attn = model.config, model.config.head_dim, f"{prefix}.self_attn"
         self.norm = RMSNorm(model, {f"{prefix}.input_layernorm.weight": (config.dim,)})
-        heads = {"q": config.n_heads, "k": config.n_kv_heads, "v": config.n_kv_heads}
-        parts = {f"{prefix}.self_attn.{x}_proj": n * D for x, n in heads.items()}
+        parts = {f"{attn}.q_proj": config.n_heads * D} | {f"{attn}.{x}_proj": config.n_kv_heads * D for x in "kv"}
         self.qkv = Linear(model, parts, config.dim, config.qkv_bias)
-        self.o = Linear(model, {f"{prefix}.self_attn.o_proj": config.dim}, config.n_heads * D, config.o_bias, cut=True)
-        norms = [f"{prefix}.self_attn.{x}_norm.weight" for x in "qk"] if config.qk_norm else []
-        self.qk_norms = nn.ModuleList(RMSNorm(model, {name: (D,)}) for name in norms)
+        self.o = Linear(model, {f"{attn}.o_proj": config.dim}, config.n_heads * D, config.o_bias, cut=True)
+        self.qk_norms = nn.ModuleList(RMSNorm(model, {f"{attn}.{x}_norm.weight": (D,)}) for x in "qk" if config.qk_norm)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, pos_BT: Tensor, mask, *kv_cache: Tensor) -> Tensor:
         D, H, G = self.config.head_dim, self.config.n_heads, self.config.n_kv_heads

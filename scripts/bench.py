@@ -7,7 +7,7 @@ All flags of generate.py that choose a model or a way to run it apply."""
 import argparse
 import statistics
 import sys
-import time
+import timeit
 from pathlib import Path
 
 import torch
@@ -17,12 +17,8 @@ PROMPT, CONTEXT, NEW = 500, 16, 128  # tokens: of a prompt to prefill, of a prom
 
 def read_bandwidth(device):
     """Bytes per second that a device reads from its memory: the best of five sums of 256 MB."""
-    data, times = torch.ones(1 << 26, device=device), []
-    for _ in range(5):
-        start = time.perf_counter()
-        data.sum().item()
-        times.append(time.perf_counter() - start)
-    return data.nbytes / min(times)
+    data = torch.ones(1 << 26, device=device)
+    return data.nbytes / min(timeit.repeat(lambda: data.sum().item(), number=1))
 
 
 def peak_memory(device):
@@ -33,15 +29,16 @@ def peak_memory(device):
     return int(status.read_text().split("RssAnon:")[1].split()[0]) << 10 if status.exists() else 0
 
 
-def measure(generate, model, batch_size, prompt, new):
-    """One engine run of `batch_size` random prompts: (prefill tokens/s, decode tokens/s, steps/s, first token s)."""
-    engine = generate.Engine(model, generate.Tokenizer(None), batch_size, prompt + new)
-    ids = torch.randint(model.config.vocab_size, (batch_size, prompt)).tolist()
-    requests = [generate.Request(i, "", row, max_new_tokens=new) for i, row in enumerate(ids)]
-    list(engine.generate(requests))
-    tokens, seconds = engine.tokens, engine.seconds
-    decode, steps = (n / (seconds["decode"] or 1) for n in (tokens["decode"], engine.steps))
-    return tokens["prefill"] / seconds["prefill"], decode, steps, engine.first_token_s
+def measure(generate, model, batch_size, prompt, new, runs):
+    """Medians over engine runs of `batch_size` random prompts: [prefill tokens/s, decode tokens/s, first token s]."""
+    rates = []
+    for _ in range(runs + 1):
+        engine = generate.Engine(model, generate.Tokenizer(None), batch_size, prompt + new)
+        ids = torch.randint(model.config.vocab_size, (batch_size, prompt)).tolist()
+        list(engine.generate([generate.Request(i, "", row, max_new_tokens=new) for i, row in enumerate(ids)]))
+        speeds = [engine.tokens[phase] / (engine.seconds[phase] or 1) for phase in ("prefill", "decode")]
+        rates.append([*speeds, engine.first_token_s])
+    return list(map(statistics.median, zip(*rates[1:], strict=True)))  # the first only warms up and compiles
 
 
 def command(main, **own):
@@ -70,12 +67,9 @@ def main(own, argv):
     print(f"| batch | prefill of {PROMPT}, tokens/s | first token, s | decode, tokens/s | GB/s | of the limit |")
     print("|---|---|---|---|---|---|")
     for batch_size in batches:
-        runs = range(own.runs + 1)  # the first only warms up and compiles
-        prefill = [measure(generate, model, batch_size, PROMPT, 1) for _ in runs][1:]
-        decode = [measure(generate, model, batch_size, CONTEXT, NEW) for _ in runs][1:]
-        prefill, _, _, first = map(statistics.median, zip(*prefill, strict=True))
-        _, decode, steps, _ = map(statistics.median, zip(*decode, strict=True))
-        rate = model.nbytes * steps
+        prefill, _, first = measure(generate, model, batch_size, PROMPT, 1, own.runs)
+        _, decode, _ = measure(generate, model, batch_size, CONTEXT, NEW, own.runs)
+        rate = model.nbytes * decode / batch_size  # each step reads all weights and gives every row a token
         print(f"| {batch_size} | {prefill:.0f} | {first:.2f} | {decode:.1f} | {rate / 1e9:.1f} | {rate / limit:.0%} |")
 
 

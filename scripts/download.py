@@ -44,8 +44,7 @@ def json_files(meta, shapes):
     tokenizer = Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in ggml["merges"]]))
     splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(splits), decoders.ByteLevel()
-    control = [token for token, kind in zip(vocab, ggml["token_type"], strict=True) if kind == 3]
-    tokenizer.add_special_tokens(control)
+    tokenizer.add_special_tokens([token for token, kind in zip(vocab, ggml["token_type"], strict=True) if kind == 3])
     if words["add_bos_token"] and (bos := words["bos_token"]):
         tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, ids["bos"])])
     tokenizer = json.loads(tokenizer.to_str())

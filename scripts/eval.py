@@ -14,10 +14,7 @@ from scripts import bench  # noqa: E402
 
 def score(engine, ids: list[int], first: int) -> tuple[list[float], bool]:
     """As --score does, the logprobs of ids[first:], each after all before it; and whether all are the likeliest."""
-
-    def both(logits_TV, ids_T):
-        return list(zip(engine.logprobs(logits_TV, ids_T), logits_TV.argmax(-1) == ids_T, strict=True))
-
+    both = lambda logits_TV, ids_T: zip(engine.logprobs(logits_TV, ids_T), logits_TV.argmax(-1) == ids_T, strict=True)
     logprobs, likeliest = zip(*engine.score(ids[:first], ids[first:], both), strict=True)
     return list(logprobs), all(likeliest)
 
@@ -25,23 +22,20 @@ def score(engine, ids: list[int], first: int) -> tuple[list[float], bool]:
 def log_likelihood(engine, ids: list[int], window: int, stride: int, show=lambda done, total: None) -> float:
     """The sum of the logprobs of ids[1:]; each is scored once, in a window that reaches back as far as it can."""
     total, done = 0.0, 1
-    while done < len(ids):
-        end = min(done + stride if done > 1 else window, len(ids))
-        start = max(end - window, 0)
-        total += math.fsum(engine.score(ids[start:done], ids[done:end]))
+    for end in [*range(window, len(ids), stride), len(ids)]:
+        total += math.fsum(engine.score(ids[max(end - window, 0) : done], ids[done:end]))
         done = end
         show(done, total)
     return total
 
 
-def run_tasks(engine, tasks: str, limit: int | None) -> str:
+def run_tasks(engine, names: str, limit: int | None) -> str:
     """The table of lm_eval, for tasks that compare likelihoods."""
     with generate.refusing("--tasks needs `pip install lm_eval`", ImportError):
-        from lm_eval import simple_evaluate, utils
-        from lm_eval.tasks import TaskManager
-    names = [Path(name) for name in tasks.split(",")]
-    manager = TaskManager(include_path=[str(name.parent) for name in names if name.suffix == ".yaml"] or None)
-    names = [name.stem for name in names]
+        from lm_eval import simple_evaluate, tasks, utils
+    paths = [Path(name) for name in names.split(",")]
+    manager = tasks.TaskManager(include_path=[str(path.parent) for path in paths if path.suffix == ".yaml"] or None)
+    names = [path.stem for path in paths]
     return utils.make_table(simple_evaluate(adapter(engine), tasks=names, limit=limit, task_manager=manager))
 
 

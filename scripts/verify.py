@@ -16,8 +16,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate  # noqa: E402
-from generate import Engine, Request, Tokenizer, gumbel  # noqa: E402
-from kernels import BATCH_INVARIANT  # noqa: E402
+from generate import BATCH_INVARIANT, Engine, Request, Tokenizer, gumbel  # noqa: E402
 from scripts import bench  # noqa: E402
 
 LENGTHS, NEW, ROOM = (1, 9, 10, 64, 65, 256, 511), 16, 527  # tokens of the prompts, generated, of both at most
@@ -65,8 +64,8 @@ def promises(args, size: int, model, requests: list[Request]):
     alone = dict(complete(model, [*requests, same]))
     row = lambda name, *runs: (name, *tally(alone, sum(runs, [])))
     others = [replace(r, max_new_tokens=1 + 3 * i % r.max_new_tokens) for i, r in enumerate(requests)]
-    pairs = zip([same] * max(25, len(others)), others + others[:4] * 5, strict=False)  # the first are the short ones
-    mixed = [r for pair in pairs for r in pair]
+    # The first of them are the short ones.
+    mixed = sum(zip([same] * max(25, len(others)), others + others[:4] * 5, strict=False), ())
     batches = [complete(model, mixed, n) for n in ((5, 9, 17, 33) if size == 1 else range(1, 51))]
     yield row("C1 batch size, neighbours, refilled slots", *batches)
     # What happens before the first token shows in it and in the next two, which read the cache.
@@ -74,13 +73,11 @@ def promises(args, size: int, model, requests: list[Request]):
     chunks = [(1, short[:4]), (3, short[:4]), (7, short[:6]), (64, short), (200, short)]
     yield row("C2 prefill in chunks", *(complete(model, some, chunk=n) for n, some in chunks))
     yield row("C2 rescored by prefill", rescore(args, alone, requests, model))
-    drafts, half_right = ((1, 1), (1, 4), (3, 5), (8, 8)), HalfRight(alone)
-    runs = (complete(model, requests, slots, propose=half_right, k=k) for slots, k in drafts)
-    yield row("C3 speculation, 1 to 8 drafts", *runs)
+    settings = [(n, {"propose": HalfRight(alone), "k": k}) for n, k in ((1, 1), (1, 4), (3, 5), (8, 8))]
+    yield row("C3 speculation, 1 to 8 drafts", *(complete(model, requests, n, **drafts) for n, drafts in settings))
     yield row("C5 compiled", *(complete(compiled, short, n) for n in ((1, 4) if args.deterministic else (1,))))
     yield row("C6 cache length", *(complete(model, requests[3:], 2, n) for n in (1024, 2500)))
-    runs = (complete(model, short[1:6:2], 2, threads=n) for n in (1, 2, 4, 8, 16, 32))
-    yield row("C7 threads 1 to 32", *runs)
+    yield row("C7 threads 1 to 32", *(complete(model, short[1:6:2], 2, threads=n) for n in (1, 2, 4, 8, 16, 32)))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         yield row("C7 another process", pool.apply(rescore, (args, alone, requests)))
     identical = [str(answer) for name, answer in sum(batches, []) if name == "same"]
@@ -125,8 +122,8 @@ def prepare(argv: list[str], size: int) -> tuple:
     args, draw = generate.parse_args(argv), torch.Generator().manual_seed(0)
     model, _ = generate.load(args)
     ids = [torch.randint(model.config.vocab_size, (n,), generator=draw).tolist() for n in LENGTHS * size]
-    settings = [{"max_new_tokens": NEW} | OPTIONS[i % 3] for i in range(len(ids))]
-    return args, size, model, [Request(i, "", row, **settings[i]) for i, row in enumerate(ids)]
+    requests = [Request(i, "", row, max_new_tokens=NEW, **OPTIONS[i % 3]) for i, row in enumerate(ids)]
+    return args, size, model, requests
 
 
 def main(own, argv: list[str]) -> int:
