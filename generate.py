@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -19,10 +18,9 @@ from torch import Tensor
 
 import quantize
 from kernels import BATCH_INVARIANT, FAST
-from model import InputError, ModelConfig, Transformer, load_checkpoint, randomize, read_json, refuse, refusing
-from scripts import bench, download
+from model import InputError, ModelConfig, Transformer, load_checkpoint, read_json, refuse, refusing
+from scripts import bench, chat, download
 
-DEFAULT_CHECKPOINT = download.DEFAULT
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LINE = "id sample prompt prompt_ids text tokens logprobs finish_reason prompt_tokens seed".split()  # of --json
 WORD = 0xFFFFFFFF
@@ -55,8 +53,7 @@ def gumbel(key_B2: Tensor, pos_B: Tensor, ids_BK: Tensor) -> Tensor:
 
 
 def top(logits_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest fp32 logits and their ids, by (value descending, id ascending), exactly: value and id are packed
-    into one integer, so there is no tie for a kernel to break as it likes."""
+    """The k largest fp32 logits and their ids, by (value descending, id ascending): as one integer, none are a tie."""
     B, V = logits_BV.shape
     in_blocks = V % 64 == 0 and V > 128 * k
     ids = torch.arange(64 if in_blocks else V, device=logits_BV.device).expand(B, -1)
@@ -99,9 +96,8 @@ class Sampler:
         self.k, self.nucleus = max(r.top_k for r in rows), any(r.top_p < 1 for r in rows)
 
     def __call__(self, logits_NV: Tensor, pos_N: Tensor) -> Tensor:
-        """Tokens [N] for absolute positions `pos_N` from fp32 logits, N / B for each row in turn: the argmax of logits
-        / temperature + Gumbel noise over the ids that top-k, then top-p keep, the lowest id on a tie; at temperature 0
-        the plain argmax."""
+        """Tokens [N] for absolute positions from fp32 logits, N / B for each row in turn: the argmax of logits
+        / temperature + Gumbel noise over the ids that top-k, then top-p keep, the lowest id on a tie."""
         values, ids = top(logits_NV, self.k)
         if self.k == 1:
             return ids[:, 0]
@@ -204,9 +200,8 @@ class Completion:
 
 
 class Engine:
-    """A model, its tokenizer, and a cache of `batch_size` slots through which requests stream. Speculation: each round
-    checks `k` drafts of `propose` in one pass. One is accepted iff it is what the model draws there, so what is printed
-    are the model's own draws, and the cache needs no repair: what is wrong in it is overwritten before it is read."""
+    """A model and a cache of `batch_size` slots that requests stream through. Each round checks `k` drafts in one pass;
+    one is accepted iff the model draws it there. What is wrong in the cache is overwritten before it is read."""
 
     def __init__(self, model, tokenizer: Tokenizer, batch_size: int, length: int, chunk=0, propose=None, k=0):
         self.model, self.tokenizer, self.chunk, self.propose, self.k = model, tokenizer, chunk or length, propose, k
@@ -290,8 +285,7 @@ class Engine:
 
 
 def prompt_lookup(slots: list[Completion | None], sampler: Sampler, k: int) -> list[list[int]] | None:
-    """Drafts without a model (prompt lookup, Saxena 2023): what followed the last tokens where they stood before. k
-    tokens for each slot; None where less than half of the completions have any."""
+    """k drafts a slot (Saxena 2023): what followed the last tokens before. None where under half of them have any."""
     drafts = []
     for ids in [c.ids if c else [] for c in slots]:
         text = "".join(map(chr, ids))  # quick to search
@@ -331,7 +325,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description="Text from an open-weight language model.")
     p.error = refuse
     add, count, d = p.add_argument, {"type": int, "metavar": "N"}, Request(0, "", [])
-    add("--checkpoint_path", type=Path, metavar="DIR", help=f"Hugging Face directory ({DEFAULT_CHECKPOINT.name})")
+    add("--checkpoint_path", type=Path, metavar="DIR", help=f"Hugging Face directory ({download.DEFAULT.name})")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1 (%(default)s)")
     add("--precision", choices=PRECISIONS, default="bf16", help="of weights and cache (%(default)s)")
     add("--quantize", choices=quantize.LINEARS, help="weights of linear layers, while loading")
@@ -389,31 +383,21 @@ def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
     except (RuntimeError, AssertionError):
         names = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
         refuse(f"--device {args.device} is not available, choose from {names}")
-    directory, shape = args.checkpoint_path or DEFAULT_CHECKPOINT, args.random_weights
+    directory, shape = args.checkpoint_path or download.DEFAULT, args.random_weights
     if not (shape or args.checkpoint_path or directory.exists()):
         say(f"{directory} is missing, fetching it")
         with refusing("the default checkpoint cannot be had", ValueError, ImportError):
-            download.fetch_default(directory)
-    config = ModelConfig.from_file(shape or directory / "config.json")
-    config = config.quantized(args.quantize, args.group_size) if args.quantize else config
+            download.fetch(directory)
+    config = ModelConfig.from_file(shape or directory / "config.json").quantized(args.quantize, args.group_size)
     tokenizer, ops = Tokenizer(None if shape else directory), BATCH_INVARIANT if args.deterministic else FAST
     model = Transformer(config, ops, torch.device(args.device), PRECISIONS[args.precision])
-    progress = lambda i, n: sys.stderr.isatty() and say(f"\rloading {i}/{n}", end="\r" if i < n else "\n")
-    randomize(model) if shape else load_checkpoint(model, directory, progress)
+    bench.randomize(model) if shape else load_checkpoint(model, directory)
     return model, tokenizer
 
 
 def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> None:
     """Make every global setting, after loading."""
-    if sys.platform == "linux" and model.device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc gives freed buffers back to the kernel and takes page faults for the next: a third of a prefill's time.
-        libc.mallopt(-3, 64 << 20)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD
-        # Weights move to huge pages, a second or two for each gigabyte; decoding then reads 6% more a second.
-        for line in Path("/proc/self/maps").read_text().splitlines() if compile_decode else ():
-            start, end = (int(address, 16) for address in line.split()[0].split("-"))
-            if end - start >= 2 << 20 and "/" not in line:
-                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 25)  # MADV_COLLAPSE
+    bench.tune_memory(model.device, huge_pages=compile_decode)
     options = model.ops.compile_options | {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     kept = {"fullgraph": True, "isolate_recompiles": True}  # the model never changes; its graphs are no other model's
     if compile_prefill:
@@ -424,8 +408,7 @@ def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> N
 
 
 def build(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, length: int, k: int = 0) -> Engine:
-    """An engine and what drafts, by the flags; graphs and probes run before the clock, as often as CUDA graphs need to
-    be recorded. Raises InputError for a draft model of another vocabulary."""
+    """An engine and what drafts, by the flags, warm. Raises InputError for a draft model of another vocabulary."""
     propose = prompt_lookup if args.prompt_lookup else None
     if ((directory := args.draft_checkpoint_path) or args.draft_quantize) and not k:  # a draft model has no other one
         other = {"checkpoint_path": directory, "random_weights": None} if directory else {}
@@ -441,14 +424,13 @@ def build(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, le
     if args.compile or args.compile_prefill or args.deterministic:
         with torch.inference_mode():
             engine.prefill([0] * 5, 0)
-            for width in sorted({1, k + 1}) * 3:
+            for width in sorted({1, k + 1}) * 3:  # as often as CUDA graphs need to be recorded
                 engine.feed([[0] * width] * args.batch_size, [0] * args.batch_size)
     return engine
 
 
 def make_requests(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, entry: dict) -> list[Request]:
-    """The samples of a prompt: its `prompt_ids`, random ones for a typed number, else by template or BOS rule; checked,
-    and max_new_tokens cut to the context. Raises InputError."""
+    """The samples of a prompt: its ids are given, random or its text's. Raises InputError."""
     text, ids = entry["prompt"], entry.get("prompt_ids")
     text.encode()  # raises UnicodeError for half a character, which no tokenizer takes
     if ids is None and text.isascii() and text.isdigit() and not args.prompts_file:
@@ -468,8 +450,7 @@ def make_requests(args: argparse.Namespace, config: ModelConfig, tokenizer: Toke
 
 
 def read_requests(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer) -> list[Request]:
-    """For each --prompt, or each line of --prompts_file or --score (-: standard input) that is neither blank nor stats.
-    Raises InputError that names the line."""
+    """For each --prompt, or line of --prompts_file or --score that is no blank nor stats. Raises InputError."""
     flag, path = ("--score", args.score) if args.score else ("--prompts_file", args.prompts_file)
     lines, is_json = enumerate(args.prompt or ["128" if args.random_weights else "Hello, my name is"]), False
     if path:
@@ -506,23 +487,6 @@ def resume(path: Path | None, requests: list[Request]) -> list[Request]:
     return [r for r in requests if (r.id, r.sample) not in done]
 
 
-def report(engine: Engine, load_s: float, compile_s: float, as_json: bool) -> None:
-    """The stats line, and the same for a person."""
-    model, tokens, seconds = engine.model, engine.tokens, engine.seconds
-    decode, prefill = (tokens[phase] / (seconds[phase] or 1) for phase in ("decode", "prefill"))  # of nothing: 0
-    new, first, rate = tokens["new"], engine.first_token_s, model.nbytes * engine.steps / (seconds["decode"] or 1) / 1e9
-    stats = {"decode_tokens_per_sec": decode, "prefill_tokens_per_sec": prefill, "time_to_first_token_s": first}
-    stats |= {"load_s": load_s, "compile_s": compile_s, "new_tokens": new, "model_bytes": model.nbytes}
-    stats |= {"bandwidth_gb_s": rate, "accept_counts": engine.accept_counts}
-    stats |= {"peak_memory_gb": bench.peak_memory(model.device) / 1e9, "deterministic": model.ops.exact}
-    if as_json:
-        print(json.dumps({"stats": stats}), flush=True)
-    limit = bench.read_bandwidth(model.device) / 1e9  # only now: it takes memory
-    say(f"{new} tokens: decode {decode:.1f} tokens/s, prefill {prefill:.0f} tokens/s, first token after {first:.2f} s")
-    share = f"{rate:.1f} GB/s, {rate / limit:.0%} of the {limit:.0f} GB/s that this machine reads"
-    say(f"load {load_s:.1f} s, compile {compile_s:.1f} s, weights {model.nbytes / 1e9:.2f} GB at {share}")
-
-
 def run(engine: Engine, requests: list[Request], args: argparse.Namespace) -> None:
     """Print completions as they come, or those read, with logprobs by prefill; each is appended to --output."""
     as_json, end = args.json or args.score, "\n\n"[: len(requests)]
@@ -540,27 +504,6 @@ def run(engine: Engine, requests: list[Request], args: argparse.Namespace) -> No
                 print(completion.json() if as_json else lead + completion.text + end[1:], flush=True)
 
 
-def converse(engine: Engine, args: argparse.Namespace) -> None:
-    """A conversation in the terminal; Ctrl-C stops an answer, /clear forgets, /exit or the end of input leaves."""
-    history, config, tokenizer = args.system, engine.model.config, engine.tokenizer
-    with contextlib.suppress(EOFError):
-        while (line := input("> " if sys.stdin.isatty() else "").strip()) != "/exit":
-            history = args.system if line == "/clear" else history
-            if line in ("", "/clear"):
-                continue
-            turns, answer = history + [message("user", line)], ""
-            with contextlib.suppress(KeyboardInterrupt):
-                entry = {"id": "conversation", "prompt": line, "prompt_ids": tokenizer.encode_chat(turns)}
-                if (n := len(entry["prompt_ids"])) > config.context:  # no reason to lose the conversation
-                    say(f"{n} tokens are more than the context of {config.context}: /clear starts over")
-                    continue
-                for _, text in engine.generate(make_requests(args, config, tokenizer, entry)[:1]):
-                    answer += text
-                    print(text, end="", flush=True)
-            print(flush=True)
-            history = turns + [message("assistant", answer)]
-
-
 def main(argv: list[str] | None = None) -> None:
     args, start = parse_args(argv), time.perf_counter()
     model, tokenizer = load(args)
@@ -572,9 +515,10 @@ def main(argv: list[str] | None = None) -> None:
     compile_s = time.perf_counter() - start
     trace = torch.profiler.profile(on_trace_ready=lambda profile: profile.export_chrome_trace(args.profile))
     with trace if args.profile else contextlib.nullcontext():
-        converse(engine, args) if args.interactive else run(engine, requests, args)
-    if not args.interactive:
-        report(engine, load_s, compile_s, args.json)
+        if args.interactive:
+            return chat.converse(engine, args.system, lambda e: make_requests(args, model.config, tokenizer, e)[0])
+        run(engine, requests, args)
+    bench.report(engine, load_s, compile_s, args.json)
 
 
 if __name__ == "__main__":

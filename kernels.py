@@ -33,7 +33,7 @@ causal = sliding_window(1 << 30)
 class Ops:
     """One implementation of each reduction; `pack` and `mask` make what `linear` and `attention` want to be given."""
 
-    pack: Callable  # (weight_NK, bias_N or None, leaves, see leaf_count) -> packed
+    pack: Callable  # (weight_NK, bias_N or None, leaves, see leaf_count; quantized: scale, zero) -> packed
     linear: Callable  # (x, packed) -> x W^T + b
     rms_norm: Callable  # (x, weight, eps), over the last dimension
     silu_mul: Callable  # (gate_up) -> silu(gate) * up, of the two halves
@@ -75,11 +75,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, op=torch.ops.
 
 
 class Packed:
-    """A weight in its kernel's layout. Inductor cannot trace through those, so a graph names a weight by an integer;
-    the table forgets it when its layer dies."""
+    """A weight in its kernel's layout, which Inductor cannot trace through: a graph names the weight by an integer."""
 
     parts, parts_dtype, opaque = 1, None, True  # the leaves that `products` hands back side by side, to be added
-    table: dict[int, "Packed"] = weakref.WeakValueDictionary()
+    table: dict[int, "Packed"] = weakref.WeakValueDictionary()  # forgets it when its layer dies
     handles = itertools.count()  # alike in every run, so that compiled graphs are found in Inductor's cache
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, leaves: int = 1, *grid: Tensor):
@@ -102,12 +101,10 @@ class Packed:
         return y if self.parts == 1 else add_leaves(y.view(*x.shape[:-1], self.parts, -1), self.bias)
 
 
-@opaque(
-    "linear(Tensor x, int handle, int n, ScalarType? dtype) -> Tensor",
-    lambda x, handle, n, dtype: x.new_empty(*x.shape[:-1], n, dtype=dtype),
+like_linear = lambda x, handle, n, dtype: x.new_empty(*x.shape[:-1], n, dtype=dtype)
+opaque_linear = opaque("linear(Tensor x, int handle, int n, ScalarType? dtype) -> Tensor", like_linear)(
+    lambda x, handle, n, dtype: Packed.table[handle].products(x)
 )
-def opaque_linear(x, handle, n, dtype):
-    return Packed.table[handle].products(x)
 
 
 def fast_silu_mul(gate_up: Tensor) -> Tensor:
@@ -136,9 +133,8 @@ def write_cache(k_BTGD: Tensor, v_BTGD: Tensor, k_cache: Tensor, v_cache: Tensor
 
 
 def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale: float, tokens=1, keys=64) -> Tensor:
-    """Attention of queries [B, G, T, H / G, D] in blocks of 128 tokens or so, which skip the keys behind the last one
-    that they may see: [B, T, H * D]. The numbers of tokens and of keys are padded to multiples of what is given. The
-    bits depend on none of it where `recipe` has seen so."""
+    """Attention, [B, T, H * D], in blocks of about 128 tokens, which skip keys behind the last one that they may see.
+    Tokens and keys are padded to multiples, on which bits do not depend where `recipe` has seen so."""
     T, T_more, L_more = len(limit_T), -len(limit_T) % tokens, -bias.shape[-1] % keys
     q_BGTRD, parts, size = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2), [], 128 // tokens * tokens
     if (T == 1 or q_BTHD.is_cuda) and not T_more + L_more:  # on a GPU, nobody may wait for `limit_T`
@@ -155,8 +151,7 @@ def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale: float, tokens=1, keys=6
 
 
 def sdpa(q_BGTRD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """The query heads of one KV head folded into its rows, so that no key is copied: 5 times as fast as enable_gqa on
-    a CPU."""
+    """The query heads of a KV head become its rows and no key is copied: on a CPU 5 times as fast as enable_gqa."""
     T, R = q_BGTRD.shape[2:4]
     if T * R % 32 == 1 and q_BGTRD.device.type == "cpu":  # a row left over alone would take another kernel
         q_BGTRD, bias = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (q_BGTRD, bias))
@@ -202,8 +197,7 @@ FAST = Ops(
 )
 
 
-# BATCH_INVARIANT: the logits of a token are a function of its own prefix, bit for bit. Sums along K run leaf by leaf,
-# attention over splits of keys at absolute positions, and sums are opaque to torch.compile.
+# BATCH_INVARIANT: sums along K run leaf by leaf, attention over keys at absolute positions, opaque to torch.compile.
 def leaf_count(n_kv_heads: int, in_features: int, multiple: int = 32) -> int:
     """Into how many leaves K is cut where tensor parallelism may cut it: the largest power of two up to 8 that divides
     the KV heads, else their smallest odd prime factor up to 7; fewer until a leaf is whole multiples of `multiple`."""
@@ -215,8 +209,7 @@ def leaf_count(n_kv_heads: int, in_features: int, multiple: int = 32) -> int:
 
 
 def add_leaves(parts_MGN: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Leaves added in fp32 in one fixed order, a power of two as a binary tree, an odd number from left to right; then
-    the bias, once."""
+    """Leaves and then the bias, added in fp32, a power of two of them as a binary tree, else from left to right."""
     parts_MGN = parts_MGN.float()
     while parts_MGN.shape[-2] % 2 == 0:
         parts_MGN = parts_MGN[..., ::2, :] + parts_MGN[..., 1::2, :]
@@ -232,8 +225,7 @@ def one_thread() -> contextlib.ExitStack:
 
 
 def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Random [*a_shape, K] and [*b_shape, K] whose products along K add up to 0 but for rounding, so that the order of
-    additions shows in every bit, also after rounding to half precision."""
+    """Random [*a_shape, K], [*b_shape, K] whose products add up to 0 but for rounding, where their order shows."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(*shape, K // 2, generator=generator) for shape in (a_shape, b_shape))
     order = torch.randperm(K // 2 * 2, generator=generator)
@@ -255,9 +247,8 @@ def in_tiles(x_MK: Tensor, weight: Tensor, safe: range, bias: Tensor | None = No
 
 @functools.cache
 def safe_rows(N: int, K: int, dtype: torch.dtype, leaves: int, threads: int) -> range:
-    """The numbers of rows, up to 512, at which a product with such a weight is seen to have the bits of the reference:
-    oneDNN's do not depend on the rows within limits. With leaves, a row is zero outside one of them, and the reference
-    is the product of that leaf."""
+    """How many rows, up to 512, a product with such a weight may have to be seen with the bits of the reference; with
+    leaves, of rows that are zero outside one, which is then the reference."""
     x, weight = cancelling((512,), (min(N, 1 << 14),), K // leaves, dtype)
     want, places = in_tiles(x, blocked(weight), range(0)), torch.eye(leaves, dtype=dtype).repeat(512, 1)[:512]
     x, weight = (x[:, None] * places[:, :, None]).flatten(1), blocked(weight.repeat(1, leaves))
@@ -268,41 +259,38 @@ def safe_rows(N: int, K: int, dtype: torch.dtype, leaves: int, threads: int) -> 
 
 
 class LeafPacked(Packed):
-    """A weight on a CPU whose products round each leaf once; `linear` adds them, in fp32."""
+    """A weight on a CPU whose products round each leaf once."""
 
     def pack(self, weight: Tensor, leaves: int) -> None:
-        self.shape, self.parts, self.weight = (*weight.shape, weight.dtype), leaves, blocked(weight)
-        self.leaves = [blocked(part) for part in weight.chunk(leaves, dim=1)] if leaves > 1 else [self.weight]
+        self.leaves = [blocked(part) for part in weight.chunk(leaves, dim=1)]
+        self.shape, self.parts, self.weight, self.places = (*weight.shape, weight.dtype), leaves, self.leaves[0], None
         if leaves > 1 and weight.nbytes < 4 << 20:  # a large weight would not notice the 30 us a call that this saves
+            self.places, self.weight = torch.eye(leaves, dtype=weight.dtype)[:, :, None], blocked(weight)
             self.nbytes += weight.nbytes
-            self.places = torch.eye(leaves, dtype=weight.dtype)[:, :, None]
-        elif leaves > 1:
-            self.weight = None
 
     def products(self, x: Tensor) -> Tensor:
         (N, K, dtype), G, M, threads = self.shape, self.parts, x.shape[:-1].numel(), torch.get_num_threads()
-        if G > 1 and self.weight is not None and M * G <= 48 and M * G in safe_rows(*self.shape, G, threads):
+        if self.places is not None and M * G <= 48 and M * G in safe_rows(*self.shape, G, threads):
             # A few rows: one product of the whole weight with copies of them that are zero outside one leaf.
-            return product((x.reshape(M, 1, G, -1) * self.places).view(M * G, K), self.weight).view(*x.shape[:-1], -1)
-        safe = safe_rows(N, K // G, dtype, 1, threads)
-        if G == 1:
-            return in_tiles(x.reshape(M, K), self.weight, safe, self.bias).view(*x.shape[:-1], N)
-        pairs = zip(x.reshape(M, G, -1).unbind(1), self.leaves, strict=True)
-        return torch.cat([in_tiles(*pair, safe) for pair in pairs], dim=-1).view(*x.shape[:-1], G * N)
+            y = product((x.reshape(M, 1, G, -1) * self.places).view(M * G, K), self.weight)
+        else:
+            safe, bias = safe_rows(N, K // G, dtype, 1, threads), self.bias if G == 1 else None
+            pairs = zip(x.reshape(M, G, -1).unbind(1), self.leaves, strict=True)
+            y = [in_tiles(*pair, safe, bias) for pair in pairs]
+            y = torch.cat(y, dim=-1) if G > 1 else y[0]
+        return y.view(*x.shape[:-1], G * N)
 
 
 # Opaque is what a compiler reorders or rounds in its own way: sums and exp. So are torch.sqrt and pow, but not rsqrt.
-@opaque("vector_norm(Tensor x) -> Tensor", lambda x: x.new_empty(*x.shape[:-1], 1))
-def vector_norm(x):
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+exp = opaque("exp(Tensor x) -> Tensor", torch.empty_like)(torch.exp)
+vector_norm = opaque("vector_norm(Tensor x) -> Tensor", lambda x: x.new_empty(*x.shape[:-1], 1))(
+    lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     length = vector_norm(x)
     return x * (length * length * (1 / x.shape[-1]) + eps).rsqrt() * weight
-
-
-exp = opaque("exp(Tensor x) -> Tensor", torch.empty_like)(torch.exp)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -324,20 +312,15 @@ def recipe(B: int, G: int, head_dim: int, group: int, dtype: torch.dtype, thread
     T, L = 80, 576
     q, k = (4096 * z for z in cancelling((B, T, G * group), (B, G, L), head_dim, dtype))  # scaled up to matter
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-    def agrees(way: Callable, start: int) -> bool:
+    ways = [functools.partial(attend, tokens=n, keys=m) for n, m in ((1, 64), (-(-16 // group), 512))]
+    for start in range(0, 512, 118):  # so that spans of all multiples of 64 occur
         bias, limit = dense_mask(causal, torch.arange(start, start + T).expand(B, -1), L, (G * group, G), dtype)
         want = attend_safely(q, k, v, bias, limit, 0.125)
         for count, end in itertools.product((1, 2, 3, 5, 6, 11, 16, 40, T), range(8, T + 1, 8)):
             now, span = slice(max(end - count, 0), end), -(-(start + end) // 64) * 64
-            mask = bias[:, :, now, :, :span], limit[now]
-            if not torch.equal(way(q[:, now], k[:, :, :span], v[:, :, :span], *mask, 0.125), want[:, now]):
-                return False
-        return True
-
-    ways = [functools.partial(attend, tokens=n, keys=m) for n, m in ((1, 64), (-(-16 // group), 512))]
-    starts = range(0, 512, 118)  # so that spans of all multiples of 64 occur
-    return next((way for way in ways if all(agrees(way, start) for start in starts)), attend_safely)
+            piece = q[:, now], k[:, :, :span], v[:, :, :span], bias[:, :, now, :, :span], limit[now], 0.125
+            ways = [way for way in ways if torch.equal(way(*piece), want[:, now])]
+    return [*ways, attend_safely][0]
 
 
 # The same on a GPU: a dot adds to one fp32 accumulator in ascending k, BLOCK_K at a time at every M, so bits depend on
@@ -347,12 +330,12 @@ SPLIT = 512  # keys that one program attends to before their sum joins that of o
 
 @functools.cache
 def triton_kernels() -> SimpleNamespace:
-    """Triton, imported when a GPU asks; global, where the interpreter finds it. What varies from call to call is not
-    specialized: another kernel may have another layout, in which sums have another order."""
+    """Triton, imported when a GPU asks; global, where the interpreter finds it."""
     global tl
     import triton
     import triton.language as tl
 
+    # What varies from call to call is not specialized: another layout may add up in another order.
     @triton.jit(do_not_specialize=["M"])
     def linear(x, w, scale, zero, bias, y, M, N, K, leaf, GROUP: tl.constexpr, PER_BYTE: tl.constexpr,
                BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
@@ -435,7 +418,7 @@ class TritonPacked(Packed):
     }
 
     def pack(self, weight, leaves, scale=None, zero=None):
-        self.weight, self.parts, self.scale, self.zero = weight.contiguous(), leaves, scale, zero
+        self.weight, self.parts, self.scale, self.zero = weight.contiguous(), max(leaves, 1), scale, zero
         self.parts_dtype = torch.float32 if leaves > 1 else None
 
     def products(self, x):
@@ -482,12 +465,6 @@ def gpu_rms_norm(x, weight, eps):
     return F.rms_norm(x.float().contiguous(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
-def padded_log_softmax(logits: Tensor) -> Tensor:
-    """PyTorch's, which on a GPU gives a row a block of threads, and adds up by the alignment of its first number."""
-    V = logits.shape[-1]
-    return FAST.log_softmax(F.pad(logits, (0, -V % 4), value=float("-inf")))[..., :V]
-
-
 BATCH_INVARIANT = Ops(
     pack=lambda weight, *args: (TritonPacked if weight.is_cuda else LeafPacked)(weight, *args),
     linear=FAST.linear,
@@ -495,7 +472,8 @@ BATCH_INVARIANT = Ops(
     silu_mul=silu_mul,
     mask=window_mask,
     attention=lambda q, *args: triton_attention(q, *args) if q.is_cuda else attention(q, *args, True),
-    log_softmax=padded_log_softmax,
+    # On a GPU, a block of threads adds up a row by the alignment of its first number.
+    log_softmax=lambda x: FAST.log_softmax(F.pad(x, (0, -x.shape[-1] % 4), value=-math.inf))[..., : x.shape[-1]],
     compile_options={"emulate_precision_casts": True},
     exact=True,
 )

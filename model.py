@@ -1,9 +1,10 @@
 """config.json -> Transformer, its KV cache, and the loader that streams safetensors into it. Shapes in names: B rows,
-T new tokens of a row, D dim, H heads, V vocabulary, N x K a weight."""
+T new tokens, D dim, H heads, V vocabulary, N x K a weight."""
 
 import contextlib
 import json
 import math
+import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -73,11 +74,11 @@ class ModelConfig:
     group_size: int  # weights of int4 that share a scale
     stored: bool = called("quantization mode")
 
-    def quantized(self, mode: str, group_size: int) -> "ModelConfig":
+    def quantized(self, mode: str | None, group_size: int) -> "ModelConfig":
         """The same for a model that is quantized while loading; raises InputError if it is quantized already."""
-        if self.mode:
+        if mode and self.mode:
             refuse(f"the checkpoint is {self.mode} already")
-        return replace(self, mode=mode, group_size=group_size)
+        return replace(self, mode=mode, group_size=group_size) if mode else self
 
     @classmethod
     def from_file(cls, path: Path) -> "ModelConfig":
@@ -144,9 +145,11 @@ class Linear(Layer):
         mode = "int8" if config.mode and "lm_head" in parts else config.mode  # int4 would be no faster there on a CPU
         if mode == "int4" and in_features % config.group_size:
             refuse(f"group_size {config.group_size} does not divide {in_features} inputs, choose from 32, 64, 128")
-        kinds = quantize.shapes(mode if config.stored else None, 1, in_features, config.group_size)  # as of one row
-        kinds |= {"bias": (1,)} if bias else {}
-        super().__init__(model, {f"{x}.{kind}": (N, *kinds[kind][1:]) for x, N in parts.items() for kind in kinds})
+        kinds = quantize.parts(mode if config.stored else None, torch.zeros(1, in_features), config.group_size)
+        kinds |= {"bias": torch.zeros(1)} if bias else {}  # as of one row
+        super().__init__(
+            model, {f"{x}.{kind}": (N, *kinds[kind].shape[1:]) for x, N in parts.items() for kind in kinds}
+        )
         self.mode, self.kinds, multiple = mode, list(kinds), config.group_size if mode == "int4" else 32
         self.leaves = leaf_count(config.n_kv_heads, in_features, multiple) if cut else 1
 
@@ -229,7 +232,7 @@ class FeedForward(Layer):
 
 
 class Transformer(nn.Module):
-    """A decoder of the Llama family, empty until `load_checkpoint` or `randomize` fills it."""
+    """A decoder of the Llama family, empty until `load_checkpoint` fills it."""
 
     def __init__(self, config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype):
         super().__init__()
@@ -245,7 +248,7 @@ class Transformer(nn.Module):
         self.decode_stack = self.verify_stack = self.prefill_stack = self.stack  # what compiling replaces
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
-        """A cache of at least `length` positions, a whole number of key blocks, zeroed: 0 x NaN would poison a row."""
+        """Zeroed, as 0 x NaN would poison a row; with a spare block, as graphs of a part do not fit the whole."""
         shape = (batch_size, self.config.n_kv_heads, whole_blocks(length) + 64, self.config.head_dim)
         return [tuple(torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in "kv") for _ in self.layers]
 
@@ -269,7 +272,7 @@ class Transformer(nn.Module):
         return (self.head or self.embed.as_head)(x_BTD).float()
 
 
-def load_checkpoint(model: Transformer, directory: Path, progress=lambda done, total: None) -> None:
+def load_checkpoint(model: Transformer, directory: Path) -> None:
     """Stream every tensor of a Hugging Face directory into place. All names and shapes are checked before the first
     weight is read; raises InputError that names the tensor or file."""
     index, slices, layers = directory / "model.safetensors.index.json", {}, model.takers
@@ -294,13 +297,4 @@ def load_checkpoint(model: Transformer, directory: Path, progress=lambda done, t
             refuse(f"{directory}: tensor {name} is {dtype} {got}, expected {expected} {shape}")
     for done, layer in enumerate(layers, start=1):
         model.nbytes += layer.load([slices[name][:] for name in layer.shapes], mapped=True)
-        progress(done, len(layers))
-
-
-def randomize(model: Transformer, seed: int = 0) -> None:
-    """Fill a model with random weights (normal, 0.02; vectors one), for benchmarks without a checkpoint."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in model.takers:
-        tensors = [torch.randn(shape, generator=generator, dtype=model.dtype) for shape in layer.shapes.values()]
-        tensors = [t.mul_(0.02) if t.dim() > 1 else torch.ones_like(t) for t in tensors]
-        model.nbytes += layer.load(tensors, mapped=False)
+        sys.stderr.isatty() and print(f"loading {done}/{len(layers)}", end="\r\n"[done == len(layers)], file=sys.stderr)

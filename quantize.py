@@ -5,15 +5,14 @@ python quantize.py --mode int8 --checkpoint_path DIR --out NEW
 python quantize.py --mode int4 --calibration FILE      least change of outputs on that text
 
 A weight [N, K] is (code - zero) * scale on disk: int8 [N, K] with a scale a row and no zero, or uint8 [N, K / 2], the
-low nibble at even k, with scale and zero [N, K / group]. Packing for a device happens at load. The head is int8 in
-either mode; one that is tied to the embedding is quantized at load, and the embedding stays as it is."""
+low nibble at even k, with scale and zero [N, K / group]. The head is int8 in either mode; of a tied one the embedding
+is on disk, as it was."""
 
 import functools
 import itertools
 import json
 import math
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -37,9 +36,9 @@ class Int8Linear(Packed):
 
     def pack(self, weight: Tensor, leaves: int, scale: Tensor) -> None:
         self.weight, self.scale = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None), scale.float().flatten()
-        self.zeros, self.parts, self.parts_dtype = torch.zeros_like(self.scale, dtype=torch.int64), leaves, torch.float
+        self.zeros, self.parts = torch.zeros_like(self.scale, dtype=torch.int64), max(leaves, 1)
         self.minus, self.times = torch.tensor([[0.0, -1.0], [1.0, 254.0]])[..., None, None]
-        self.places = torch.eye(leaves, dtype=torch.int8)[:, :, None]
+        self.places = torch.eye(self.parts, dtype=torch.int8)[:, :, None]
 
     def products(self, codes: Tensor, op=torch.ops.onednn.qlinear_pointwise.default) -> Tensor:
         rest = self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
@@ -59,8 +58,8 @@ class Int8Linear(Packed):
 
 
 class Int4Linear(Packed):
-    """4-bit weights with a scale and a zero for each group along K. PyTorch's kernel on a CPU adds up in one order at
-    every number of rows."""
+    """4-bit weights with a scale and a zero for each group along K. On a CPU, PyTorch's kernel adds up in one order at
+    every number of rows, but slowly for many: there, if no leaf is asked for, the weight is expanded."""
 
     @staticmethod
     def from_float(weight: Tensor, group_size: int, importance: Tensor | None = None) -> dict[str, Tensor]:
@@ -83,8 +82,9 @@ class Int4Linear(Packed):
         return {"weight": codes[:, ::2] | codes[:, 1::2] << 4, "scale": scale, "zero": zero}
 
     def pack(self, weight: Tensor, leaves: int, scale: Tensor, zero: Tensor) -> None:
-        self.parts, self.group, self.leaves = leaves, 2 * weight.shape[1] // scale.shape[1], []
-        for part in zip(*(x.chunk(leaves, dim=1) for x in (weight, scale, zero)), strict=True):
+        self.parts, self.exact, self.leaves = max(leaves, 1), leaves > 0, []
+        self.group = 2 * weight.shape[1] // scale.shape[1]
+        for part in zip(*(x.chunk(self.parts, dim=1) for x in (weight, scale, zero)), strict=True):
             codes, scale, zero = (F.pad(x, (0, 0, 0, -len(x) % 64)) for x in part)
             codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1).int()
             grid = torch.stack((scale, scale.float() * (8 - zero.float())), dim=-1).to(scale.dtype)
@@ -92,25 +92,15 @@ class Int4Linear(Packed):
             self.leaves.append((codes, grid.transpose(0, 1).contiguous()))
 
     def products(self, x: Tensor, op=torch.ops.aten._weight_int4pack_mm_for_cpu.default) -> Tensor:
-        pairs = zip(x.reshape(-1, x.shape[-1]).chunk(self.parts, dim=1), self.leaves, strict=True)
-        y = [op(part.contiguous(), codes, self.group, grid.to(x.dtype)) for part, (codes, grid) in pairs]
-        return self.whole(y, x)
-
-    def whole(self, leaves: list[Tensor], x: Tensor) -> Tensor:
-        """Leaves [M, N or more] side by side, or the only one with its bias, shaped as x."""
-        y = torch.cat([leaf[:, : self.out_features] for leaf in leaves], dim=1)
-        if self.parts == 1 and self.bias is not None:
-            y = (y.float() + self.bias).to(x.dtype)
-        return y.view(*x.shape[:-1], -1)
-
-
-class FastInt4Linear(Int4Linear):
-    """The same, which expands the weight for many rows, where that kernel is slow: with other bits."""
-
-    def products(self, x: Tensor) -> Tensor:
-        if x.shape[:-1].numel() < 32 or torch.backends.cpu.get_cpu_capability() != "AVX512":
-            return super().products(x)
-        return self.whole([x.reshape(-1, x.shape[-1]) @ self.expanded(x.dtype)], x)
+        x_MK, fast = x.reshape(-1, x.shape[-1]), torch.backends.cpu.get_cpu_capability() == "AVX512" and not self.exact
+        if fast and len(x_MK) >= 32:
+            y = [x_MK @ self.expanded(x.dtype)]
+        else:
+            pairs = zip(x_MK.chunk(self.parts, dim=1), self.leaves, strict=True)
+            y = [op(part.contiguous(), codes, self.group, grid.to(x.dtype)) for part, (codes, grid) in pairs]
+        y = [leaf[:, : self.out_features] for leaf in y]
+        y = torch.cat(y, dim=1) if self.parts > 1 else y[0] if self.bias is None else (y[0] + self.bias).to(x.dtype)
+        return y.reshape(*x.shape[:-1], -1)
 
     def expanded(self, dtype: torch.dtype) -> Tensor:
         """The weight [K, N] out of the kernel's layout with AVX-512, where a byte holds rows i and i + 32 of 64."""
@@ -129,28 +119,18 @@ def parts(mode: str | None, weight: Tensor, group_size: int, importance: Tensor 
     return LINEARS[mode].from_float(weight, group_size, importance) if mode else {"weight": weight}
 
 
-def shapes(mode: str | None, rows: int, in_features: int, group_size: int) -> dict[str, tuple[int, int]]:
-    """The shapes of what `parts` makes."""
-    groups = rows, in_features // group_size
-    grid = {"int8": {"scale": (rows, 1)}, "int4": {"scale": groups, "zero": groups}}
-    return {"weight": (rows, in_features // 2 if mode == "int4" else in_features)} | grid.get(mode, {})
-
-
 def pack(ops: Ops, weight: Tensor, bias: Tensor | None = None, leaves: int = 1, **grid: Tensor) -> Packed:
     """What `parts` makes, in the layout of the kernel that an op table has for it."""
     if not grid:
         return ops.pack(weight, bias, leaves)
-    kind = Int8Linear if "zero" not in grid else Int4Linear if ops.exact else FastInt4Linear
-    return (TritonPacked if weight.is_cuda else kind)(weight, bias, leaves if ops.exact else 1, *grid.values())
+    kind = TritonPacked if weight.is_cuda else Int4Linear if "zero" in grid else Int8Linear
+    return kind(weight, bias, leaves if ops.exact else 0, *grid.values())
 
 
 def calibration(model, tokens_NT: Tensor) -> dict[str, Tensor]:
     """The mean square of each input, by the names of weights, from one pass of a float model over a text."""
     (N, T), squares = tokens_NT.shape, {}
-
-    def measure(layer, inputs: tuple[Tensor]) -> None:
-        squares.update(dict.fromkeys(layer.shapes, inputs[0].float().square().mean((0, 1))))
-
+    measure = lambda layer, inputs: squares.update(dict.fromkeys(layer.shapes, inputs[0].float().square().mean((0, 1))))
     for layer in model.layers.modules():
         if hasattr(layer, "packed"):
             layer.register_forward_pre_hook(measure)
@@ -160,24 +140,22 @@ def calibration(model, tokens_NT: Tensor) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def main(own, argv: list[str]) -> None:
-    from generate import FAST, ModelConfig, Tokenizer, Transformer, load_checkpoint, read_json, refuse, refusing, say
+    from generate import FAST, ModelConfig, Tokenizer, Transformer, load_checkpoint, read_json, refuse, refusing
 
     mode, source, importance = own.mode, Path(own.checkpoint_path), {}
     if argv or mode not in LINEARS or (own.calibration and mode == "int8"):
         refuse("expected --mode int8, --mode int4 or --mode int4 --calibration FILE, see --help")
     config = ModelConfig.from_file(source / "config.json")
-    suffix = f"-g{own.group_size}" if mode == "int4" else ""
-    out = Path(own.out or f"{source.resolve()}-{own.mode}{suffix}")
+    out = Path(own.out or f"{source.resolve()}-{mode}" + f"-g{own.group_size}" * (mode == "int4"))
     if out.exists():
         refuse(f"{out} exists: move it away or choose another --out")
     build = lambda config: Transformer(config, FAST, torch.device("cpu"), torch.bfloat16)
-    progress = lambda i, n: sys.stderr.isatty() and say(f"\r{i}/{n}", end="\r" if i < n else "\n")
     target = build(config.quantized(mode, own.group_size))
     if own.calibration:
         with refusing(f"--calibration {own.calibration} cannot be read", OSError, ValueError):
             ids = Tokenizer(source).encode(Path(own.calibration).read_text(encoding="utf-8"))[: own.tokens]
         window = min(1024, config.context, len(ids)) or refuse(f"--calibration {own.calibration} has no token")
-        load_checkpoint(reader := build(config), source, progress)
+        load_checkpoint(reader := build(config), source)
         importance = calibration(reader, torch.tensor(ids[: len(ids) // window * window]).view(-1, window))
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as tmp:
         (work := Path(tmp, out.name)).mkdir()  # a TemporaryDirectory itself is closed to other users
@@ -186,11 +164,8 @@ def main(own, argv: list[str]) -> None:
         def write(layer, tensors: list[Tensor], mapped: bool) -> int:
             nonlocal shard, written
             for name, tensor in zip(layer.shapes, tensors, strict=True):
-                mode = layer.mode if tensor.dim() == 2 else None
-                named = parts(mode, tensor, own.group_size, importance.get(name))
-                shard |= (
-                    {f"{name.rpartition('.')[0]}.{kind}": t for kind, t in named.items()} if mode else {name: tensor}
-                )
+                named = parts(layer.mode, tensor, own.group_size, importance.get(name)) if tensor.dim() == 2 else {}
+                shard |= {name.removesuffix("weight") + kind: part for kind, part in named.items()} or {name: tensor}
             if layer is target.takers[-1] or sum(t.nbytes for t in shard.values()) > 1 << 30:
                 save_file(shard, path := work / f"model-{written:05}.safetensors", {"format": "pt"})
                 path.chmod(0o644)  # safetensors leaves it closed to other users
@@ -199,15 +174,14 @@ def main(own, argv: list[str]) -> None:
 
         for layer in target.takers:
             layer.load = functools.partial(write, layer)
-        load_checkpoint(target, source, progress)
+        load_checkpoint(target, source)
         for path in [path for kind in ("json", "jinja", "model", "txt") for path in source.glob(f"*.{kind}")]:
             if path.name not in ("config.json", "model.safetensors.index.json"):
                 shutil.copy(path, work)
-        how = {"quant_method": "gpt-exact", "mode": mode, "group_size": own.group_size}
-        raw = read_json(source / "config.json") | {"quantization_config": how}
+        raw = read_json(source / "config.json")
+        raw["quantization_config"] = {"quant_method": "gpt-exact", "mode": mode, "group_size": own.group_size}
         (work / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        work.rename(out)
-    print(out)
+        print(work.rename(out))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ python scripts/bench.py --random_weights scripts/configs/Llama-3.1-8B.json --bat
 All flags of generate.py that choose a model or a way to run it apply."""
 
 import argparse
+import ctypes
+import functools
+import json
 import statistics
 import sys
 import timeit
@@ -39,6 +42,46 @@ def measure(generate, model, batch_size, prompt, new, runs):
         speeds = [engine.tokens[phase] / (engine.seconds[phase] or 1) for phase in ("prefill", "decode")]
         rates.append([*speeds, engine.first_token_s])
     return list(map(statistics.median, zip(*rates[1:], strict=True)))  # the first only warms up and compiles
+
+
+def tune_memory(device, huge_pages):
+    """What the loaded weights and the allocator need to be read fast."""
+    if sys.platform == "linux" and device.type == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc gives freed buffers back to the kernel and takes page faults for the next: a third of a prefill's time.
+        libc.mallopt(-3, 64 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 512 << 20)  # M_TRIM_THRESHOLD
+        # Weights move to huge pages, a second or two for each gigabyte; decoding then reads 6% more a second.
+        for line in Path("/proc/self/maps").read_text().splitlines() if huge_pages else ():
+            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+            if end - start >= 2 << 20 and "/" not in line:
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 25)  # MADV_COLLAPSE
+
+
+def randomize(model, seed=0):
+    """Fill a model with random weights (normal, 0.02; vectors one), where there is no checkpoint."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.takers:
+        tensors = [torch.randn(shape, generator=generator, dtype=model.dtype) for shape in layer.shapes.values()]
+        tensors = [t.mul_(0.02) if t.dim() > 1 else torch.ones_like(t) for t in tensors]
+        model.nbytes += layer.load(tensors, mapped=False)
+
+
+def report(engine, load_s, compile_s, as_json):
+    """The stats line, and the same for a person."""
+    model, tokens, seconds = engine.model, engine.tokens, engine.seconds
+    decode, prefill = (tokens[phase] / (seconds[phase] or 1) for phase in ("decode", "prefill"))  # of nothing: 0
+    new, first, rate = tokens["new"], engine.first_token_s, model.nbytes * engine.steps / (seconds["decode"] or 1) / 1e9
+    stats = {"decode_tokens_per_sec": decode, "prefill_tokens_per_sec": prefill, "time_to_first_token_s": first}
+    stats |= {"load_s": load_s, "compile_s": compile_s, "new_tokens": new, "model_bytes": model.nbytes}
+    stats |= {"bandwidth_gb_s": rate, "accept_counts": engine.accept_counts}
+    stats |= {"peak_memory_gb": peak_memory(model.device) / 1e9, "deterministic": model.ops.exact}
+    if as_json:
+        print(json.dumps({"stats": stats}), flush=True)
+    limit = read_bandwidth(model.device) / 1e9  # only now: it takes memory
+    say = functools.partial(print, file=sys.stderr)
+    say(f"{new} tokens: decode {decode:.1f} tokens/s, prefill {prefill:.0f} tokens/s, first token after {first:.2f} s")
+    share = f"{rate:.1f} GB/s, {rate / limit:.0%} of the {limit:.0f} GB/s that this machine reads"
+    say(f"load {load_s:.1f} s, compile {compile_s:.1f} s, weights {model.nbytes / 1e9:.2f} GB at {share}")
 
 
 def command(main, **own):

@@ -103,9 +103,6 @@ def fetch(out=DEFAULT, source=DEFAULT.name):
     print(f"wrote {out}", file=sys.stderr)
 
 
-fetch_default = fetch  # as fetch_default(path), for a program that wants only the default model
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}\n")

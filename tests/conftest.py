@@ -11,15 +11,14 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: without a GPU its kernels run in NumPy
 
-from generate import DEFAULT_CHECKPOINT  # noqa: E402
-from scripts.download import fetch_default  # noqa: E402
+from scripts import download  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def default_checkpoint():
     """The directory of the default model, fetched when it is not there yet."""
-    fetch_default(DEFAULT_CHECKPOINT)
-    return DEFAULT_CHECKPOINT
+    download.fetch()
+    return download.DEFAULT
 
 
 @pytest.fixture(autouse=True)

@@ -810,7 +810,7 @@ BAD_LINES = {
 @pytest.fixture
 def refused(monkeypatch, capsys, tiny):
     """Runs generate.py as a script in this process, which must end with status 2 and one line on standard error."""
-    script = str(generate.DEFAULT_CHECKPOINT.parent.parent / "generate.py")
+    script = str(generate.download.DEFAULT.parent.parent / "generate.py")
 
     def run(*flags):
         argv = [script, "--checkpoint_path", tiny, "--precision", "fp32", "--json", *flags]

