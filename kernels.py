@@ -69,7 +69,6 @@ def blocked(weight_NK: Tensor) -> Tensor:
     return weight_NK.contiguous()
 
 
-# The op is resolved once: it is called 121 times a token.
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, op=torch.ops.mkldnn._linear_pointwise.default):
     return op(x, weight, bias, "none", [], "") if weight.is_mkldnn else F.linear(x, weight, bias)
 
@@ -201,8 +200,7 @@ FAST = Ops(
 def leaf_count(n_kv_heads: int, in_features: int, multiple: int = 32) -> int:
     """Into how many leaves K is cut where tensor parallelism may cut it: the largest power of two up to 8 that divides
     the KV heads, else their smallest odd prime factor up to 7; fewer until a leaf is whole multiples of `multiple`."""
-    count = math.gcd(n_kv_heads, 8)
-    count = count if count > 1 else next((p for p in (3, 5, 7) if n_kv_heads % p == 0), 1)
+    count = next((n for n in (math.gcd(n_kv_heads, 8), 3, 5, 7) if n > 1 and n_kv_heads % n == 0), 1)
     while in_features % (count * multiple) and count > 1:
         count = count // 2 if count % 2 == 0 else 1
     return count

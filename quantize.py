@@ -4,9 +4,8 @@ python quantize.py --mode int4                                   the default mod
 python quantize.py --mode int8 --checkpoint_path DIR --out NEW
 python quantize.py --mode int4 --calibration FILE      least change of outputs on that text
 
-A weight [N, K] is (code - zero) * scale on disk: int8 [N, K] with a scale a row and no zero, or uint8 [N, K / 2], the
-low nibble at even k, with scale and zero [N, K / group]. The head is int8 in either mode; of a tied one the embedding
-is on disk, as it was."""
+On disk a weight [N, K] is (code - zero) * scale: int8 [N, K] with a scale a row and no zero, or uint8 [N, K / 2], the
+low nibble at even k, with scale and zero [N, K / group]. The head is int8 either way, or on disk a tied embedding."""
 
 import functools
 import itertools
@@ -27,7 +26,7 @@ from scripts import bench, download
 
 class Int8Linear(Packed):
     """8-bit weights with a scale a row. On a CPU, an input is two 8-bit numbers and a scale for each token and leaf:
-    sums of integers have no order, so at any number of rows bits are the same, and the speed is that of 8-bit units."""
+    sums of integers have no order, so bits are the same at any number of rows, and 8-bit units make them."""
 
     @staticmethod
     def from_float(weight: Tensor, group_size: int, importance: None = None) -> dict[str, Tensor]:
@@ -36,7 +35,7 @@ class Int8Linear(Packed):
 
     def pack(self, weight: Tensor, leaves: int, scale: Tensor) -> None:
         self.weight, self.scale = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None), scale.float().flatten()
-        self.zeros, self.parts = torch.zeros_like(self.scale, dtype=torch.int64), max(leaves, 1)
+        self.zeros, self.parts, self.fast = torch.zeros_like(self.scale, dtype=torch.int64), max(leaves, 1), not leaves
         self.minus, self.times = torch.tensor([[0.0, -1.0], [1.0, 254.0]])[..., None, None]
         self.places = torch.eye(self.parts, dtype=torch.int8)[:, :, None]
 
@@ -45,6 +44,9 @@ class Int8Linear(Packed):
         return op(codes.flatten(0, -2), 1.0, 0, *rest).view(*codes.shape[:-1], -1)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.fast and x.shape[:-1].numel() >= 64 and not torch.compiler.is_compiling():
+            y = x @ self.weight.to_dense().to(x.dtype) * self.scale.to(x.dtype)
+            return y if self.bias is None else (y + self.bias).to(x.dtype)
         x_G = x.unflatten(-1, (self.parts, -1))
         size = torch.linalg.vector_norm(x_G, math.inf, dim=-1, keepdim=True, dtype=torch.float32)
         step = size.clamp(min=1e-30) * (1 / 127)
