@@ -40,8 +40,7 @@ class Int8Linear(Packed):
         self.places = torch.eye(self.parts, dtype=torch.int8)[:, :, None]
 
     def products(self, codes: Tensor, op=torch.ops.onednn.qlinear_pointwise.default) -> Tensor:
-        rest = self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
-        return op(codes.flatten(0, -2), 1.0, 0, *rest).view(*codes.shape[:-1], -1)
+        return op(codes, 1.0, 0, self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], "")
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.fast and x.shape[:-1].numel() >= 64 and not torch.compiler.is_compiling():
@@ -54,7 +53,8 @@ class Int8Linear(Packed):
         codes = (torch.addcmul(x_G, x_G.round(), self.minus) * self.times).round().to(torch.int8)
         if self.parts > 1:  # rows that are zero outside one leaf
             codes = (codes.unsqueeze(-2) * self.places).flatten(-2)
-        high, low = opaque_linear(codes, self.handle, self.out_features, torch.float32).unbind(-3)
+        sums = opaque_linear(codes.flatten(0, -2), self.handle, self.out_features, torch.float32)
+        high, low = sums.view(*codes.shape[:-1], -1).unbind(-3)
         y = add_leaves((high + low * (1 / 254)) * step, self.bias)
         return y if self.parts > 1 else y.to(x.dtype)
 
