@@ -472,7 +472,7 @@ def read_requests(args: argparse.Namespace, config: ModelConfig, tokenizer: Toke
                 ids = (given["prompt_ids"] or refuse("expected prompt_ids")) + given["tokens"]
                 entry = {name: given.get(name) for name in ("id", "sample")} | {"prompt": "", "prompt_ids": ids}
                 entry |= {"max_new_tokens": 0, "line": given}  # nothing is left to draw
-                made[i] = make_requests(args, config, tokenizer, entry)[:1]
+                made[i, given.get("id"), given.get("sample")] = make_requests(args, config, tokenizer, entry)[:1]
     return [request for samples in made.values() for request in samples] or refuse(f"{flag} {path} has no completion")
 
 

@@ -803,6 +803,7 @@ BAD_LINES = {
     "ids a text": json.dumps(GOOD | {"tokens": "abc"}),
     "ids an object": json.dumps(GOOD | {"tokens": {"a": 1}}),
     "ids null": json.dumps(GOOD | {"tokens": None}),
+    "name a list": json.dumps(GOOD | {"id": [1]}),
     "longer than the context": json.dumps(GOOD | {"tokens": [1] * 255}),
 }
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -288,6 +289,28 @@ def test_random_weights_are_quantized(tmp_path):
             generate.parse_args(["--random_weights", str(tmp_path / "config.json"), "--quantize", mode])
         )
         assert torch.isfinite(logits(model, IDS)).all()
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+def test_a_quantized_draft_of_the_model_itself_changes_no_bits(tmp_path, mode, monkeypatch):
+    words = generate.Tokenizer(None)
+    monkeypatch.setattr(generate, "Tokenizer", lambda directory: words)
+    flags = ["--checkpoint_path", str(directory(tmp_path / "m")), "--device", "cpu", "--deterministic"]
+    flags += ["--batch_size", "2", "--speculate_k", "3", "--draft_quantize", "int4"]
+    flags += ["--quantize", mode] if mode else []
+    args = generate.parse_args(flags)
+    model, _ = generate.load(args)
+    speculating = generate.build(args, model, words, 80)
+    plain = generate.Engine(model, words, 2, 80)
+    hot = [generate.Request(i, "", IDS[i : 2 * i + 3], max_new_tokens=40, temperature=0.7 * (i % 2)) for i in range(5)]
+    answers = lambda engine: {c.request.id: (c.tokens, c.logprobs) for c, _ in engine.generate(hot) if c.finish_reason}
+    want = answers(plain)
+    assert answers(speculating) == want
+    assert speculating.accept_counts[-1]
+    assert bool(speculating.accept_counts[0]) == (mode != "int4")  # then the model drafts for itself
+    # The negative control: as many requests that draw with other noise.
+    hot = [replace(request, seed=5) for request in hot]
+    assert answers(speculating) != want
 
 
 @pytest.mark.parametrize(
