@@ -145,8 +145,8 @@ def main(own, argv: list[str]) -> None:
     from generate import FAST, ModelConfig, Tokenizer, Transformer, load_checkpoint, read_json, refuse, refusing
 
     mode, source, importance = own.mode, Path(own.checkpoint_path), {}
-    if argv or mode not in LINEARS or (own.calibration and mode == "int8"):
-        refuse("expected --mode int8, --mode int4 or --mode int4 --calibration FILE, see --help")
+    if argv or mode not in LINEARS or own.group_size not in (32, 64, 128) or (own.calibration and mode == "int8"):
+        refuse("expected --mode int8, or --mode int4 with --group_size 32, 64 or 128 and perhaps --calibration FILE")
     config = ModelConfig.from_file(source / "config.json")
     out = Path(own.out or f"{source.resolve()}-{mode}" + f"-g{own.group_size}" * (mode == "int4"))
     if out.exists():

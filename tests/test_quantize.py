@@ -334,6 +334,7 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, change, message):
     ("flags", "message"),
     [
         (["--mode", "int4", "--group_size", "128"], "group_size 128 does not divide 192 inputs"),
+        (["--mode", "int4", "--group_size", "48"], "--group_size 32, 64 or 128"),
         (["--mode", "int5"], "expected --mode int8"),
         (["--mode", "int4", "--grop_size", "64"], "expected --mode int8"),
         (["--mode", "int4-gptq"], "--calibration FILE"),
