@@ -7,8 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,16 +16,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
 import quantize
+import tp
 from kernels import BATCH_INVARIANT, FAST
 from model import InputError, ModelConfig, Transformer, load_checkpoint, read_json, refuse, refusing
-from scripts import bench, chat, download
+from scripts import bench, download, prompts
+from scripts.prompts import Request, make_requests, message, read_requests, resume
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LINE = "id sample prompt prompt_ids text tokens logprobs finish_reason prompt_tokens seed".split()  # of --json
 WORD = 0xFFFFFFFF
 agreement = lambda a, b: [*map(int.__eq__, a, b), False].index(False)  # how many ids two texts begin with alike
-message = lambda role, text: {"role": role, "content": text}
-say = lambda *words, **options: print(*words, file=sys.stderr, flush=True, **options)
+say = lambda *words, **options: tp.rank or print(*words, file=sys.stderr, flush=True, **options)
 
 
 def mix(x):
@@ -54,34 +54,10 @@ def gumbel(key_B2: Tensor, pos_B: Tensor, ids_BK: Tensor) -> Tensor:
 
 def top(logits_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest fp32 logits and their ids, by (value descending, id ascending): as one integer, none are a tie."""
-    B, V = logits_BV.shape
-    in_blocks = V % 64 == 0 and V > 128 * k
-    ids = torch.arange(64 if in_blocks else V, device=logits_BV.device).expand(B, -1)
-    if in_blocks:  # all k lie in the k blocks of 64 with the largest maxima, by the same order
-        blocks = top(logits_BV.reshape(B, -1, 64).amax(-1), k)[1]
-        ids = (blocks[:, :, None] * 64 + ids[:, None]).flatten(1)
-    bits = (logits_BV.gather(1, ids) + 0.0).view(torch.int32)  # adding 0 turns -0 into 0
+    ids, bits = torch.arange(V := logits_BV.shape[1]).to(logits_BV.device), (logits_BV + 0.0).view(torch.int32)  # no -0
     packed = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32 | (WORD - ids)
     ids = WORD - (packed.topk(min(k, V)).values & WORD)
     return logits_BV.gather(-1, ids), ids
-
-
-@dataclass(frozen=True)
-class Request:
-    """One completion to make."""
-
-    id: int | str
-    prompt: str
-    prompt_ids: list[int]
-    sample: int = 0
-    max_new_tokens: int = 200
-    temperature: float = 0.8
-    top_k: int = 200
-    top_p: float = 1.0
-    seed: int = 1234
-    stop: Sequence[str] = ()
-    ignore_eos: bool = False
-    line: dict | None = None  # of --score, to be printed again
 
 
 class Sampler:
@@ -320,9 +296,11 @@ class DraftModel:
         return drafts
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; raises InputError for values out of range and flags that exclude each other."""
-    p = argparse.ArgumentParser(description="Text from an open-weight language model.")
+def parse_args(argv: list[str] | None = None, **own) -> argparse.Namespace:
+    """The command line, with a script's `own` flags and their defaults; raises InputError for values out of range and
+    flags that exclude each other."""
+    about = {"description": sys.modules["__main__"].__doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    p = argparse.ArgumentParser(**about, allow_abbrev=False)
     p.error = refuse
     add, count, d = p.add_argument, {"type": int, "metavar": "N"}, Request(0, "", [])
     add("--checkpoint_path", type=Path, metavar="DIR", help=f"Hugging Face directory ({download.DEFAULT.name})")
@@ -357,6 +335,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--score", type=Path, metavar="FILE.jsonl", help="print such lines again, logprobs recomputed by prefill")
     add("--json", action="store_true", help="one JSON object a line")
     add("--output", type=Path, metavar="FILE", help="append those lines to FILE; a rerun skips what is there")
+    for name, default in own.items():
+        add(f"--{name}", type=type(default), default=default, help="see above")
     args = p.parse_args(argv)
     ranges = dict.fromkeys(("max_new_tokens", "top_k", "num_samples", "batch_size"), (1, 2**62))
     ranges |= {"prefill_chunk": (0, 2**62), "temperature": (0, 2**62), "top_p": (0, 1), "speculate_k": (1, 64)}
@@ -376,13 +356,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
-    """The model and its tokenizer, from the flags; fetches the default checkpoint where it is missing."""
-    try:
+def load(args: argparse.Namespace, ranks: int = tp.world) -> tuple[Transformer, Tokenizer]:
+    """The model, of which each of `ranks` has a part, and its tokenizer, by the flags: all load or none does."""
+    if ranks == 1:
+        return load_part(args, ranks)
+    args.device = tp.start(args.device)
+    return tp.agree(lambda: load_part(args, ranks))
+
+
+def load_part(args: argparse.Namespace, ranks: int) -> tuple[Transformer, Tokenizer]:
+    """What `load` returns; fetches the default checkpoint where it is missing."""
+    names = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
+    with refusing(f"--device {args.device} is not available, choose from {names}", RuntimeError, AssertionError):
         torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError):
-        names = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
-        refuse(f"--device {args.device} is not available, choose from {names}")
     directory, shape = args.checkpoint_path or download.DEFAULT, args.random_weights
     if not (shape or args.checkpoint_path or directory.exists()):
         say(f"{directory} is missing, fetching it")
@@ -390,7 +376,7 @@ def load(args: argparse.Namespace) -> tuple[Transformer, Tokenizer]:
             download.fetch(directory)
     config = ModelConfig.from_file(shape or directory / "config.json").quantized(args.quantize, args.group_size)
     tokenizer, ops = Tokenizer(None if shape else directory), BATCH_INVARIANT if args.deterministic else FAST
-    model = Transformer(config, ops, torch.device(args.device), PRECISIONS[args.precision])
+    model = Transformer(config, ops, torch.device(args.device), PRECISIONS[args.precision], ranks)
     bench.randomize(model) if shape else load_checkpoint(model, directory)
     return model, tokenizer
 
@@ -413,7 +399,7 @@ def build(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, le
     if ((directory := args.draft_checkpoint_path) or args.draft_quantize) and not k:  # a draft model has no other one
         other = {"checkpoint_path": directory, "random_weights": None} if directory else {}
         other = argparse.Namespace(**vars(args) | other | {"quantize": args.draft_quantize})
-        draft, words = load(other)
+        draft, words = load(other, 1 if directory else model.ranks)  # a smaller model is whole at every rank
         if words.vocab() != tokenizer.vocab() or draft.config.vocab_size != model.config.vocab_size:
             refuse(f"--draft_checkpoint_path {directory} has another vocabulary than the model, expected the same")
         # It is fed at most two tokens a row, as where there is one draft.
@@ -429,69 +415,11 @@ def build(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, le
     return engine
 
 
-def make_requests(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer, entry: dict) -> list[Request]:
-    """The samples of a prompt: its ids are given, random or its text's. Raises InputError."""
-    text, ids = entry["prompt"], entry.get("prompt_ids")
-    text.encode()  # raises UnicodeError for half a character, which no tokenizer takes
-    if ids is None and text.isascii() and text.isdigit() and not args.prompts_file:
-        generator, size = torch.Generator().manual_seed(args.seed & WORD), min(int(text[:18]), config.context + 1)
-        ids = torch.randint(config.vocab_size, (size,), generator=generator).tolist()
-    elif ids is None:
-        ids = tokenizer.encode_chat(args.system + [message("user", text)]) if args.chat else tokenizer.encode(text)
-    room, name = config.context - len(ids), f"prompt {entry['id']}"
-    if not ids or room < 0 or any(type(x) is not int or not 0 <= x < config.vocab_size for x in ids):
-        expected = f"1 to {config.context} tokens (the model's context) with ids from 0 to {config.vocab_size - 1}"
-        refuse(f"{name} has {len(ids)} tokens, expected {expected}")
-    settings = {f.name: getattr(args, f.name) for f in fields(Request) if hasattr(args, f.name)} | entry
-    if settings["max_new_tokens"] > room:
-        say(f"warning: {name} meets the context of {config.context} after {room} new tokens")
-    settings |= {"prompt_ids": ids, "max_new_tokens": min(settings["max_new_tokens"], room)}
-    return [Request(**{"sample": i} | settings) for i in range(args.num_samples)]
-
-
-def read_requests(args: argparse.Namespace, config: ModelConfig, tokenizer: Tokenizer) -> list[Request]:
-    """For each --prompt, or line of --prompts_file or --score that is no blank nor stats. Raises InputError."""
-    flag, path = ("--score", args.score) if args.score else ("--prompts_file", args.prompts_file)
-    lines, is_json = enumerate(args.prompt or ["128" if args.random_weights else "Hello, my name is"]), False
-    if path:
-        with refusing(f"{flag} {path} cannot be read", OSError, ValueError):
-            text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode()
-        lines = [(i, line.removesuffix("\r")) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        is_json = args.score or path.suffix == ".jsonl" or (str(path) == "-" and text.lstrip().startswith('{"'))
-    kinds, made = {"prompt": [str], "id": [str, int], "seed": [int], "max_new_tokens": [int]}, {}
-    for i, line in lines or refuse(f"{flag} {path} is empty"):
-        with refusing(f"{flag} {path}, line {i} is refused" if path else "--prompt", ValueError, TypeError, KeyError):
-            given = json.loads(line) if is_json else {"prompt": line}
-            if not args.score:
-                entry = {"id": len(made)} | {key: given[key] for key in kinds if key in given or key == "prompt"}
-                kind_is_wrong = any(type(value) not in kinds[name] for name, value in entry.items())
-                if kind_is_wrong or entry.get("max_new_tokens", 1) < 1 or entry["id"] in made:
-                    refuse("expected a text as prompt, an id of its own, integers as seed and max_new_tokens")
-                made[entry["id"]] = make_requests(args, config, tokenizer, entry)
-            elif "stats" not in given:
-                ids = (given["prompt_ids"] or refuse("expected prompt_ids")) + given["tokens"]
-                entry = {name: given.get(name) for name in ("id", "sample")} | {"prompt": "", "prompt_ids": ids}
-                entry |= {"max_new_tokens": 0, "line": given}  # nothing is left to draw
-                made[i, given.get("id"), given.get("sample")] = make_requests(args, config, tokenizer, entry)[:1]
-    return [request for samples in made.values() for request in samples] or refuse(f"{flag} {path} has no completion")
-
-
-def resume(path: Path | None, requests: list[Request]) -> list[Request]:
-    """Those of which an --output file has no completion; a torn last line of the file is cut off."""
-    *lines, torn = (path.read_bytes() if path and path.exists() else b"").split(b"\n")
-    with refusing(f"--output {path} holds more than completions, which would be lost", ValueError, KeyError, TypeError):
-        done = {(entry["id"], entry["sample"]) for entry in map(json.loads, lines) if "stats" not in entry}
-        b'{"id": '.startswith(torn[:7]) or refuse("its last line")
-    if torn:
-        os.truncate(path, path.stat().st_size - len(torn))
-    return [r for r in requests if (r.id, r.sample) not in done]
-
-
 def run(engine: Engine, requests: list[Request], args: argparse.Namespace) -> None:
     """Print completions as they come, or those read, with logprobs by prefill; each is appended to --output."""
     as_json, end = args.json or args.score, "\n\n"[: len(requests)]
     streaming = engine.batch_size == 1 and not as_json
-    with open(args.output or os.devnull, "a", encoding="utf-8") as file:
+    with open((not tp.rank and args.output) or os.devnull, "a", encoding="utf-8") as file:
         for completion, text in engine.generate(requests):
             done, lead = completion.finish_reason, "" if args.chat else completion.request.prompt
             if read := completion.request.line:
@@ -508,24 +436,31 @@ def main(argv: list[str] | None = None) -> None:
     args, start = parse_args(argv), time.perf_counter()
     model, tokenizer = load(args)
     load_s = time.perf_counter() - start
-    requests = resume(args.output, [] if args.interactive else read_requests(args, model.config, tokenizer))
+    read = lambda: [] if args.interactive else read_requests(args, model.config, tokenizer)
+    requests = tp.agree(lambda: resume(args.output, read()), alone=True)
     sizes = [model.config.context] if args.interactive else [len(r.prompt_ids) + r.max_new_tokens for r in requests]
     start = time.perf_counter()
-    engine = build(args, model, tokenizer, max(sizes, default=1))
+    engine = tp.agree(lambda: build(args, model, tokenizer, max(sizes, default=1)))
     compile_s = time.perf_counter() - start
     trace = torch.profiler.profile(on_trace_ready=lambda profile: profile.export_chrome_trace(args.profile))
-    with trace if args.profile else contextlib.nullcontext():
+    with trace if args.profile and not tp.rank else contextlib.nullcontext():
         if args.interactive:
-            return chat.converse(engine, args.system, lambda e: make_requests(args, model.config, tokenizer, e)[0])
+            return prompts.converse(engine, args.system, lambda e: make_requests(args, model.config, tokenizer, e)[0])
         run(engine, requests, args)
-    bench.report(engine, load_s, compile_s, args.json)
+    tp.rank or bench.report(engine, load_s, compile_s, args.json)
+
+
+def command(main: Callable) -> None:
+    """Run main() and exit with its status; what a user got wrong is one line and status 2."""
+    try:
+        status = main() or 0
+    except (InputError, OSError, UnicodeError) as e:
+        say("error:", *str(e).split())
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    tp.leave(status)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError, UnicodeError) as e:
-        say("error:", *str(e).split())
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    command(main)

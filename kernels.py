@@ -37,7 +37,7 @@ class Ops:
     linear: Callable  # (x, packed) -> x W^T + b
     rms_norm: Callable  # (x, weight, eps), over the last dimension
     silu_mul: Callable  # (gate_up) -> silu(gate) * up, of the two halves
-    mask: Callable  # (mask_mod, pos_BT, span, (n_heads, n_kv_heads), dtype) -> mask over the first `span` keys
+    mask: Callable  # (mask_mod, pos_BT, span, heads_GR: query heads by KV head, dtype) -> mask over `span` keys
     attention: Callable  # (q_BTHD, k_BTGD, v_BTGD, k_cache_BGLD, v_cache, pos_BT, mask, scale) -> [B, T, H * D]
     log_softmax: Callable  # (logits) -> fp32, over the last dimension
     compile_options: dict  # what torch.compile needs so that it changes no bits that matter
@@ -76,7 +76,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, op=torch.ops.
 class Packed:
     """A weight in its kernel's layout, which Inductor cannot trace through: a graph names the weight by an integer."""
 
-    parts, parts_dtype, opaque = 1, None, True  # the leaves that `products` hands back side by side, to be added
+    parts, opaque = 1, True  # the leaves that `products` hands back side by side, to be added
+    wide = partial = False  # whether sums of leaves can be had in fp32; whether those of other ranks are to be added
     table: dict[int, "Packed"] = weakref.WeakValueDictionary()  # forgets it when its layer dies
     handles = itertools.count()  # alike in every run, so that compiled graphs are found in Inductor's cache
 
@@ -92,6 +93,10 @@ class Packed:
     def products(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.bias)
 
+    @property
+    def parts_dtype(self) -> torch.dtype | None:
+        return torch.float32 if self.wide and (self.parts > 1 or self.partial) else None  # None: as the input
+
     def __call__(self, x: Tensor) -> Tensor:
         """x W^T + b, in the type of x; in fp32 where it is a sum of leaves, whose additions a compiler may see."""
         if not self.opaque:
@@ -100,23 +105,19 @@ class Packed:
         return y if self.parts == 1 else add_leaves(y.view(*x.shape[:-1], self.parts, -1), self.bias)
 
 
-like_linear = lambda x, handle, n, dtype: x.new_empty(*x.shape[:-1], n, dtype=dtype)
-opaque_linear = opaque("linear(Tensor x, int handle, int n, ScalarType? dtype) -> Tensor", like_linear)(
-    lambda x, handle, n, dtype: Packed.table[handle].products(x)
+@opaque(
+    "linear(Tensor x, int handle, int n, ScalarType? dtype) -> Tensor",
+    lambda x, handle, n, dtype: x.new_empty(*x.shape[:-1], n, dtype=dtype),
 )
+def opaque_linear(x, handle, n, dtype):
+    return Packed.table[handle].products(x)
 
 
-def fast_silu_mul(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def dense_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads: tuple[int, int], dtype: torch.dtype):
+def dense_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, dtype: torch.dtype):
     """A mask_mod written out, once for all layers: 0 where a query may look and -inf elsewhere, [B, G, T, H / G, span]
     with 1 for what it does not depend on, and one past the last key that any row's query t sees [T]."""
-    b, h, keys = (torch.arange(n, device=pos_BT.device) for n in (len(pos_BT), heads[0], span))
-    h, q_idx = h.view(heads[1], 1, -1, 1), pos_BT[:, None, :, None, None]
-    keep = mask_mod(b.view(-1, 1, 1, 1, 1), h, q_idx, keys)
+    b, keys = (torch.arange(n, device=pos_BT.device) for n in (len(pos_BT), span))
+    keep = mask_mod(b.view(-1, 1, 1, 1, 1), heads_GR[:, None, :, None], pos_BT[:, None, :, None, None], keys)
     bias = torch.zeros(keep.shape, device=pos_BT.device, dtype=dtype).masked_fill_(~keep, float("-inf"))
     torch._dynamo.maybe_mark_dynamic(bias, 4)  # the span grows with the text: one graph for all
     return [bias, (keep.any(3).flatten(0, 1).any(0) * (keys + 1)).amax(-1)]
@@ -159,14 +160,14 @@ def sdpa(q_BGTRD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, bias: Tensor, scale: f
     return y.unflatten(2, (-1, R))[:, :, :T]
 
 
-def attention_op(name: str, mask_type: str, more: str = "") -> Callable:
-    schema = f"Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pos, {mask_type} mask"
-    schema = f"{name}({schema}, float scale{more}) -> Tensor"
-    return opaque(schema, lambda q, *_: q.new_empty(*q.shape[:2], q[0, 0].numel()))
+ATTENTION = (
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pos, {}, float scale) -> Tensor"
+)
+like_attention = lambda q, *_: q.new_empty(*q.shape[:2], q[0, 0].numel())
 
 
-@attention_op("attention", "Tensor[]", ", bool exact")
-def attention(q, k, v, k_cache, v_cache, pos, mask, scale, exact):
+@opaque("attention" + ATTENTION.format("Tensor[] mask, bool exact"), like_attention)
+def attention(q, k, v, k_cache, v_cache, pos, mask, exact, scale):
     """One recipe for prefill, decode and verify."""
     write_cache(k, v, k_cache, v_cache, pos)
     sizes = min(len(q), 2), k_cache.shape[1], q.shape[3], q.shape[2] // k_cache.shape[1], q.dtype
@@ -177,7 +178,7 @@ def attention(q, k, v, k_cache, v_cache, pos, mask, scale, exact):
 def fast_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
     """Of one token a row, compiled for a CPU, a few loops that Inductor writes: there, calling an op costs more."""
     if q.shape[1] > 1 or q.device.type != "cpu" or not torch.compiler.is_compiling():
-        return attention(q, k, v, k_cache, v_cache, pos, mask, scale, False)
+        return attention(q, k, v, k_cache, v_cache, pos, mask, False, scale)
     write_cache(k, v, k_cache, v_cache, pos)
     k, v = (cache[:, :, None, : mask[0].shape[-1]].float() for cache in (k_cache, v_cache))
     scores = (q[:, 0].unflatten(1, (k.shape[1], -1)).unsqueeze(3).float() * k).sum(-1) * scale + mask[0][:, :, 0]
@@ -188,7 +189,7 @@ FAST = Ops(
     pack=Packed,
     linear=lambda x, packed: packed(x),
     rms_norm=lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps),
-    silu_mul=fast_silu_mul,
+    silu_mul=lambda gate_up: F.silu(gate_up[..., : gate_up.shape[-1] // 2]) * gate_up[..., gate_up.shape[-1] // 2 :],
     mask=dense_mask,
     attention=fast_attention,
     log_softmax=lambda logits: F.log_softmax(logits, dim=-1, dtype=torch.float32),
@@ -312,7 +313,8 @@ def recipe(B: int, G: int, head_dim: int, group: int, dtype: torch.dtype, thread
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     ways = [functools.partial(attend, tokens=n, keys=m) for n, m in ((1, 64), (-(-16 // group), 512))]
     for start in range(0, 512, 118):  # so that spans of all multiples of 64 occur
-        bias, limit = dense_mask(causal, torch.arange(start, start + T).expand(B, -1), L, (G * group, G), dtype)
+        pos_BT, heads_GR = torch.arange(start, start + T).expand(B, -1), torch.zeros(G, group)
+        bias, limit = dense_mask(causal, pos_BT, L, heads_GR, dtype)
         want = attend_safely(q, k, v, bias, limit, 0.125)
         for count, end in itertools.product((1, 2, 3, 5, 6, 11, 16, 40, T), range(8, T + 1, 8)):
             now, span = slice(max(end - count, 0), end), -(-(start + end) // 64) * 64
@@ -409,6 +411,7 @@ class TritonPacked(Packed):
     """A weight on a GPU, as it is or quantized: int8 [N, K], or uint8 [N, K / 2] of two numbers, the low nibble at
     the even k. Such a weight is (q - zero) * scale, with scale and zero [N, K / group], where None is zero."""
 
+    wide = True
     LAUNCHES = {  # by the most rows M; only what changes no bits. Shared memory fits 99 KB, which is sm_89
         16: {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4},
         64: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4},
@@ -417,7 +420,6 @@ class TritonPacked(Packed):
 
     def pack(self, weight, leaves, scale=None, zero=None):
         self.weight, self.parts, self.scale, self.zero = weight.contiguous(), max(leaves, 1), scale, zero
-        self.parts_dtype = torch.float32 if leaves > 1 else None
 
     def products(self, x):
         kernels, N, K, leaves = triton_kernels(), self.out_features, x.shape[-1], self.parts
@@ -433,14 +435,14 @@ class TritonPacked(Packed):
         return y
 
 
-def window_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads: tuple[int, int], dtype: torch.dtype):
+def window_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, dtype: torch.dtype):
     """On a GPU, where the kernel computes the mask, the window; on a CPU a dense mask."""
     if pos_BT.is_cuda and not hasattr(mask_mod, "window"):
         raise ValueError(f"on a GPU, deterministic attention is causal or a sliding_window, not {mask_mod}")
-    return mask_mod.window if pos_BT.is_cuda else dense_mask(mask_mod, pos_BT, span, heads, dtype)
+    return mask_mod.window if pos_BT.is_cuda else dense_mask(mask_mod, pos_BT, span, heads_GR, dtype)
 
 
-@attention_op("triton_attention", "int")
+@opaque("triton_attention" + ATTENTION.format("int window"), like_attention)
 def triton_attention(q, k, v, k_cache, v_cache, pos, window, scale):
     write_cache(k, v, k_cache, v_cache, pos)
     (B, T, H, D), (_, G, L, _), q, pos = q.shape, k_cache.shape, q.contiguous(), pos.contiguous()
@@ -469,7 +471,7 @@ BATCH_INVARIANT = Ops(
     rms_norm=lambda x, w, eps: (gpu_rms_norm if x.is_cuda else rms_norm)(x, w, eps),
     silu_mul=silu_mul,
     mask=window_mask,
-    attention=lambda q, *args: triton_attention(q, *args) if q.is_cuda else attention(q, *args, True),
+    attention=lambda q, *args: triton_attention(q, *args) if q.is_cuda else attention(q, *args[:-1], True, args[-1]),
     # On a GPU, a block of threads adds up a row by the alignment of its first number.
     log_softmax=lambda x: FAST.log_softmax(F.pad(x, (0, -x.shape[-1] % 4), value=-math.inf))[..., : x.shape[-1]],
     compile_options={"emulate_precision_casts": True},

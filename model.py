@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import quantize
+import tp
 from kernels import Ops, causal, leaf_count, sliding_window
 
 # What sets a family apart, as entries of its config.json, and the settings that a kind of rope scaling needs.
@@ -125,22 +126,22 @@ def rope_table(config: ModelConfig, length: int) -> Tensor:
 
 
 class Layer(nn.Module):
-    """A part of a model. Where `shapes` names checkpoint tensors, its `load` is given them all, in that order, and
-    whether they lie in a `mapped` file; it returns the bytes that it then holds in memory."""
-
-    mode = None  # of quantization
+    """A part of a model. Where `shapes` names checkpoint tensors, its `load` is given them all, in that order; it
+    returns the bytes that every step then reads. `mode` is of quantization."""
 
     def __init__(self, model: "Transformer", shapes: dict[str, tuple[int, ...]] | None = None):
         super().__init__()
         self.ops, self.config, self.device, self.dtype = model.ops, model.config, model.device, model.dtype
-        self.shapes = shapes or {}
+        self.ranks, self.heads = model.ranks, model.heads.shape
+        self.shapes, self.mode = shapes or {}, None
         model.takers += [self] if shapes else []
 
 
 class Linear(Layer):
-    """y = x W^T + b of the checkpoint layers of one input, stacked. `cut`: sums are made of leaves that ranks share."""
+    """y = x W^T + b of the checkpoint layers of one input, stacked. Ranks share the outputs, in whole units, or where
+    `axis` is 1 the inputs: there, sums are made of leaves."""
 
-    def __init__(self, model: "Transformer", parts: dict[str, int], in_features: int, bias: bool, cut: bool = False):
+    def __init__(self, model: "Transformer", parts: dict[str, int], in_features: int, bias: bool, axis=0, unit=1):
         config = model.config
         mode = "int8" if config.mode and "lm_head" in parts else config.mode  # int4 would be no faster there on a CPU
         if mode == "int4" and in_features % config.group_size:
@@ -151,25 +152,32 @@ class Linear(Layer):
             model, {f"{x}.{kind}": (N, *kinds[kind].shape[1:]) for x, N in parts.items() for kind in kinds}
         )
         self.mode, self.kinds, multiple = mode, list(kinds), config.group_size if mode == "int4" else 32
-        self.leaves = leaf_count(config.n_kv_heads, in_features, multiple) if cut else 1
+        self.leaves = leaf_count(config.n_kv_heads, in_features, multiple) if axis else 1
+        self.axis, self.unit, self.split = axis, unit, axis == 1 and self.ranks > 1
 
-    def load(self, tensors: list[Tensor], mapped: bool) -> int:
+    def load(self, tensors: list[Tensor]) -> int:
         # Each checkpoint layer has the same kinds in turn; to stack them makes a copy, outside the file.
+        tensors = tensors if self.axis else [tp.part(t, 0, self.ranks, self.unit) for t in tensors]
         parts = {kind: torch.cat(tensors[i :: len(self.kinds)]).to(self.device) for i, kind in enumerate(self.kinds)}
         if "scale" not in parts:
             parts = {kind: tensor.to(self.dtype) for kind, tensor in parts.items()}
             parts |= quantize.parts(self.mode, parts["weight"], self.config.group_size)
-        self.packed = quantize.pack(self.ops, **parts, leaves=self.leaves)
+        self.bias = parts.pop("bias", None) if self.split else None
+        ranks = self.ranks if self.split else 1  # cut only now, as a scale may be of a whole row
+        parts = {kind: tp.part(tensor, 1, ranks).contiguous() for kind, tensor in parts.items()}
+        self.packed = quantize.pack(self.ops, **parts, leaves=self.leaves // ranks)
+        self.packed.partial = self.split
         return self.packed.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.linear(x, self.packed)
+        y = self.ops.linear(x, self.packed)
+        return tp.add_up(y, self.bias, self.ops.exact) if self.split else y
 
 
 class RMSNorm(Layer):
     """Root mean square norm over the last dimension (Zhang and Sennrich 2019)."""
 
-    def load(self, tensors: list[Tensor], mapped: bool) -> int:
+    def load(self, tensors: list[Tensor]) -> int:
         self.weight = tensors[0].to(self.device, self.dtype, copy=True).float()
         return self.weight.nbytes
 
@@ -181,17 +189,22 @@ class Embedding(Layer):
     """The token embedding, and with it the head of a model that ties the two. On a CPU its rows are read where they
     lie in the mapped file, one a token, so the only copy of a tied table in memory is the one packed for the head."""
 
-    def load(self, tensors: list[Tensor], mapped: bool) -> int:
-        self.weight = tensors[0] if self.device.type == "cpu" else tensors[0].to(self.device, self.dtype)
+    def load(self, tensors: list[Tensor]) -> int:
+        rows = tp.part(tensors[0], 0, self.ranks)
+        self.weight = rows if self.device.type == "cpu" else rows.to(self.device, self.dtype)
         head = lambda: quantize.parts("int8" if self.config.mode else None, self.weight.to(self.dtype), 0)
         self.packed = quantize.pack(self.ops, **head()) if self.config.tied else None
-        in_file, shared = mapped and self.weight is tensors[0], self.packed and self.packed.weight is self.weight
-        return (self.packed.nbytes if self.packed else 0) + (0 if in_file or shared else self.weight.nbytes)
+        return self.packed.nbytes if self.packed else 0
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        return nn.functional.embedding(tokens_BT, self.weight).to(self.dtype)
+        if self.ranks == 1:
+            return nn.functional.embedding(tokens_BT, self.weight).to(self.dtype)
+        rows_BT = tokens_BT - tp.rank * len(self.weight)
+        own_BT = (rows_BT >= 0) & (rows_BT < len(self.weight))
+        return tp.all_reduce(nn.functional.embedding(rows_BT * own_BT, self.weight).to(self.dtype) * own_BT[..., None])
 
-    as_head = Linear.forward
+    def as_head(self, x: Tensor) -> Tensor:
+        return self.ops.linear(x, self.packed)
 
 
 class Attention(Layer):
@@ -202,12 +215,12 @@ class Attention(Layer):
         config, D, attn = model.config, model.config.head_dim, f"{prefix}.self_attn"
         self.norm = RMSNorm(model, {f"{prefix}.input_layernorm.weight": (config.dim,)})
         parts = {f"{attn}.q_proj": config.n_heads * D} | {f"{attn}.{x}_proj": config.n_kv_heads * D for x in "kv"}
-        self.qkv = Linear(model, parts, config.dim, config.qkv_bias)
-        self.o = Linear(model, {f"{attn}.o_proj": config.dim}, config.n_heads * D, config.o_bias, cut=True)
+        self.qkv = Linear(model, parts, config.dim, config.qkv_bias, unit=D)
+        self.o = Linear(model, {f"{attn}.o_proj": config.dim}, config.n_heads * D, config.o_bias, axis=1)
         self.qk_norms = nn.ModuleList(RMSNorm(model, {f"{attn}.{x}_norm.weight": (D,)}) for x in "qk" if config.qk_norm)
 
     def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, pos_BT: Tensor, mask, *kv_cache: Tensor) -> Tensor:
-        D, H, G = self.config.head_dim, self.config.n_heads, self.config.n_kv_heads
+        D, G, H = self.config.head_dim, self.heads[0], self.heads.numel()
         qk, v = self.qkv(self.norm(x_BTD)).unflatten(-1, (-1, D)).split((H + G, G), dim=2)
         if self.qk_norms:
             qk = torch.cat([norm(x) for norm, x in zip(self.qk_norms, qk.split((H, G), dim=2), strict=True)], dim=2)
@@ -225,19 +238,24 @@ class FeedForward(Layer):
         dim, ffn_dim, bias = model.config.dim, model.config.ffn_dim, model.config.ffn_bias
         self.norm = RMSNorm(model, {f"{prefix}.post_attention_layernorm.weight": (dim,)})
         self.gate_up = Linear(model, {f"{prefix}.mlp.{x}_proj": ffn_dim for x in ("gate", "up")}, dim, bias)
-        self.down = Linear(model, {f"{prefix}.mlp.down_proj": dim}, ffn_dim, bias, cut=True)
+        self.down = Linear(model, {f"{prefix}.mlp.down_proj": dim}, ffn_dim, bias, axis=1)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return x_BTD + self.down(self.ops.silu_mul(self.gate_up(self.norm(x_BTD))))
 
 
 class Transformer(nn.Module):
-    """A decoder of the Llama family, empty until `load_checkpoint` fills it."""
+    """A decoder of the Llama family, empty until `load_checkpoint` fills it; one of the `ranks` that share it."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype, ranks: int = 1):
         super().__init__()
+        if ranks not in (fit := tp.degrees(config, ops.exact)):
+            refuse(f"{ranks} processes cannot share this model, choose from {', '.join(map(str, fit))}")
+        # The query heads of this rank, by KV head.
+        self.heads = tp.part(torch.arange(config.n_heads), 0, ranks).view(max(config.n_kv_heads // ranks, 1), -1)
+        self.ranks, self.heads = ranks, self.heads.to(device)
         self.config, self.ops, self.device, self.dtype = config, ops, device, dtype
-        self.nbytes, self.takers = 0, []  # of all weights in memory; the layers that take checkpoint tensors
+        self.nbytes, self.takers = 0, []  # of weights that every step reads; the layers that take checkpoint tensors
         self.embed = Embedding(self, {"model.embed_tokens.weight": (config.vocab_size, config.dim)})
         self.head = None if config.tied else Linear(self, {"lm_head": config.vocab_size}, config.dim, bias=False)
         prefixes = [f"model.layers.{i}" for i in range(config.n_layers)]
@@ -249,7 +267,7 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         """Zeroed, as 0 x NaN would poison a row; with a spare block, as graphs of a part do not fit the whole."""
-        shape = (batch_size, self.config.n_kv_heads, whole_blocks(length) + 64, self.config.head_dim)
+        shape = (batch_size, len(self.heads), whole_blocks(length) + 64, self.config.head_dim)
         return [tuple(torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in "kv") for _ in self.layers]
 
     def forward(self, tokens_BT: Tensor, pos_BT: Tensor, cache: KVCache, end: int, last=False, decode=False) -> Tensor:
@@ -257,7 +275,7 @@ class Transformer(nn.Module):
         highest. Their keys and values are written to the cache, which must hold every earlier position."""
         # A CUDA graph needs one shape, so there every step looks over the whole cache.
         span = whole_blocks(end) if self.device.type == "cpu" else cache[0][0].shape[2]
-        args = (pos_BT, span, (self.config.n_heads, self.config.n_kv_heads), self.dtype)
+        args = (pos_BT, span, self.heads, self.dtype)
         masks = {window: self.ops.mask(mask_mod, *args) for window, mask_mod in self.mask_mods.items()}
         one, several = (self.decode_stack, self.verify_stack) if decode else (self.stack, self.prefill_stack)
         return (one if tokens_BT.shape[1] == 1 else several)(tokens_BT, pos_BT, masks, cache, last)
@@ -269,7 +287,8 @@ class Transformer(nn.Module):
         for (attention, ffn), window, kv in zip(self.layers, self.config.windows, cache, strict=True):
             x_BTD = ffn(attention(x_BTD, cos, sin, pos_BT, masks[window], *kv))
         x_BTD = self.norm(x_BTD[:, -1:] if last else x_BTD)
-        return (self.head or self.embed.as_head)(x_BTD).float()
+        logits_BTV = (self.head or self.embed.as_head)(x_BTD).float()
+        return tp.all_gather(logits_BTV).movedim(0, -2).flatten(-2) if self.ranks > 1 else logits_BTV
 
 
 def load_checkpoint(model: Transformer, directory: Path) -> None:
@@ -296,5 +315,7 @@ def load_checkpoint(model: Transformer, directory: Path) -> None:
         if got != shape or dtype not in expected:
             refuse(f"{directory}: tensor {name} is {dtype} {got}, expected {expected} {shape}")
     for done, layer in enumerate(layers, start=1):
-        model.nbytes += layer.load([slices[name][:] for name in layer.shapes], mapped=True)
-        sys.stderr.isatty() and print(f"loading {done}/{len(layers)}", end="\r\n"[done == len(layers)], file=sys.stderr)
+        model.nbytes += layer.load([slices[name][:] for name in layer.shapes])
+        sys.stderr.isatty() and not tp.rank and print(
+            f"loading {done}/{len(layers)}", end="\r\n"[done == len(layers)], file=sys.stderr
+        )

@@ -2,26 +2,18 @@
 
 python quantize.py --mode int4                                   the default model, into DIR-int4-g32
 python quantize.py --mode int8 --checkpoint_path DIR --out NEW
-python quantize.py --mode int4 --calibration FILE      least change of outputs on that text
 
 On disk a weight [N, K] is (code - zero) * scale: int8 [N, K] with a scale a row and no zero, or uint8 [N, K / 2], the
 low nibble at even k, with scale and zero [N, K / group]. The head is int8 either way, or on disk a tied embedding."""
 
-import functools
 import itertools
-import json
-import math
-import shutil
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from kernels import Ops, Packed, TritonPacked, add_leaves, opaque_linear
-from scripts import bench, download
+from scripts import download
 
 
 class Int8Linear(Packed):
@@ -29,7 +21,7 @@ class Int8Linear(Packed):
     sums of integers have no order, so bits are the same at any number of rows, and 8-bit units make them."""
 
     @staticmethod
-    def from_float(weight: Tensor, group_size: int, importance: None = None) -> dict[str, Tensor]:
+    def from_float(weight: Tensor, group_size: int) -> dict[str, Tensor]:
         scale = (weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127).bfloat16()
         return {"weight": (weight / scale.float()).round().clamp(-127, 127).to(torch.int8), "scale": scale}
 
@@ -47,7 +39,7 @@ class Int8Linear(Packed):
             y = x @ self.weight.to_dense().to(x.dtype) * self.scale.to(x.dtype)
             return y if self.bias is None else (y + self.bias).to(x.dtype)
         x_G = x.unflatten(-1, (self.parts, -1))
-        size = torch.linalg.vector_norm(x_G, math.inf, dim=-1, keepdim=True, dtype=torch.float32)
+        size = torch.linalg.vector_norm(x_G, float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
         step = size.clamp(min=1e-30) * (1 / 127)
         x_G = (x_G / step).unsqueeze(-3)
         codes = (torch.addcmul(x_G, x_G.round(), self.minus) * self.times).round().to(torch.int8)
@@ -56,7 +48,7 @@ class Int8Linear(Packed):
         sums = opaque_linear(codes.flatten(0, -2), self.handle, self.out_features, torch.float32)
         high, low = sums.view(*codes.shape[:-1], -1).unbind(-3)
         y = add_leaves((high + low * (1 / 254)) * step, self.bias)
-        return y if self.parts > 1 else y.to(x.dtype)
+        return y if self.parts > 1 or self.partial else y.to(x.dtype)
 
 
 class Int4Linear(Packed):
@@ -64,21 +56,17 @@ class Int4Linear(Packed):
     every number of rows, but slowly for many: there, if no leaf is asked for, the weight is expanded."""
 
     @staticmethod
-    def from_float(weight: Tensor, group_size: int, importance: Tensor | None = None) -> dict[str, Tensor]:
-        """Rounded to nearest between the least and the largest of a group, 0 among them. With the mean square of each
-        input as `importance` [K], of 16 pairs of narrower limits each group has those at which outputs change least, if
-        inputs are independent (clipping of AWQ, Lin et al. 2023, and importance matrix of llama.cpp)."""
+    def from_float(weight: Tensor, group_size: int) -> dict[str, Tensor]:
+        """Rounded to nearest between two limits, 0 among them: of the least and the largest of a group, and of some
+        narrower pairs, each group has those that change it least (clipping of AWQ, Lin et al. 2023, without data)."""
         w = weight.float().unflatten(1, (-1, group_size))
-        least, most = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
-        shares, best = (1, 0.92, 0.84, 0.76) if importance is not None else (1,), None
-        for low, high in itertools.product(shares, repeat=2):
+        least, most, best = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0), None
+        for low, high in itertools.product((1, 0.92, 0.84, 0.76), repeat=2):
             scale = ((high * most - low * least) / 15).clamp(min=1e-30).bfloat16()
             zero = (-low * least / scale).half()
             codes = (w / scale + zero).round().clamp(0, 15)
-            error = (w - (codes - zero) * scale).square()
-            error = (error * (1 if importance is None else importance.view(-1, group_size))).sum(-1, keepdim=True)
-            now = error, codes, scale, zero
-            best = [torch.where(error < best[0], *pair) for pair in zip(now, best, strict=True)] if best else now
+            now = (w - (codes - zero) * scale).square().sum(-1, keepdim=True), codes, scale, zero
+            best = [torch.where(now[0] < best[0], *pair) for pair in zip(now, best, strict=True)] if best else now
         _, codes, scale, zero = (x.flatten(1) for x in best)
         codes = codes.to(torch.uint8)
         return {"weight": codes[:, ::2] | codes[:, 1::2] << 4, "scale": scale, "zero": zero}
@@ -116,9 +104,9 @@ class Int4Linear(Packed):
 LINEARS = {"int8": Int8Linear, "int4": Int4Linear}
 
 
-def parts(mode: str | None, weight: Tensor, group_size: int, importance: Tensor | None = None) -> dict[str, Tensor]:
+def parts(mode: str | None, weight: Tensor, group_size: int) -> dict[str, Tensor]:
     """A float weight as a checkpoint of that mode has it, by kind."""
-    return LINEARS[mode].from_float(weight, group_size, importance) if mode else {"weight": weight}
+    return LINEARS[mode].from_float(weight, group_size) if mode else {"weight": weight}
 
 
 def pack(ops: Ops, weight: Tensor, bias: Tensor | None = None, leaves: int = 1, **grid: Tensor) -> Packed:
@@ -129,63 +117,14 @@ def pack(ops: Ops, weight: Tensor, bias: Tensor | None = None, leaves: int = 1, 
     return kind(weight, bias, leaves if ops.exact else 0, *grid.values())
 
 
-def calibration(model, tokens_NT: Tensor) -> dict[str, Tensor]:
-    """The mean square of each input, by the names of weights, from one pass of a float model over a text."""
-    (N, T), squares = tokens_NT.shape, {}
-    measure = lambda layer, inputs: squares.update(dict.fromkeys(layer.shapes, inputs[0].float().square().mean((0, 1))))
-    for layer in model.layers.modules():
-        if hasattr(layer, "packed"):
-            layer.register_forward_pre_hook(measure)
-    model(tokens_NT, torch.arange(T).expand(N, T), model.new_cache(N, T), T, last=True)
-    return squares
-
-
-@torch.inference_mode()
-def main(own, argv: list[str]) -> None:
-    from generate import FAST, ModelConfig, Tokenizer, Transformer, load_checkpoint, read_json, refuse, refusing
-
-    mode, source, importance = own.mode, Path(own.checkpoint_path), {}
-    if argv or mode not in LINEARS or own.group_size not in (32, 64, 128) or (own.calibration and mode == "int8"):
-        refuse("expected --mode int8, or --mode int4 with --group_size 32, 64 or 128 and perhaps --calibration FILE")
-    config = ModelConfig.from_file(source / "config.json")
-    out = Path(own.out or f"{source.resolve()}-{mode}" + f"-g{own.group_size}" * (mode == "int4"))
-    if out.exists():
-        refuse(f"{out} exists: move it away or choose another --out")
-    build = lambda config: Transformer(config, FAST, torch.device("cpu"), torch.bfloat16)
-    target = build(config.quantized(mode, own.group_size))
-    if own.calibration:
-        with refusing(f"--calibration {own.calibration} cannot be read", OSError, ValueError):
-            ids = Tokenizer(source).encode(Path(own.calibration).read_text(encoding="utf-8"))[: own.tokens]
-        window = min(1024, config.context, len(ids)) or refuse(f"--calibration {own.calibration} has no token")
-        load_checkpoint(reader := build(config), source)
-        importance = calibration(reader, torch.tensor(ids[: len(ids) // window * window]).view(-1, window))
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as tmp:
-        (work := Path(tmp, out.name)).mkdir()  # a TemporaryDirectory itself is closed to other users
-        shard, written = {}, 0
-
-        def write(layer, tensors: list[Tensor], mapped: bool) -> int:
-            nonlocal shard, written
-            for name, tensor in zip(layer.shapes, tensors, strict=True):
-                named = parts(layer.mode, tensor, own.group_size, importance.get(name)) if tensor.dim() == 2 else {}
-                shard |= {name.removesuffix("weight") + kind: part for kind, part in named.items()} or {name: tensor}
-            if layer is target.takers[-1] or sum(t.nbytes for t in shard.values()) > 1 << 30:
-                save_file(shard, path := work / f"model-{written:05}.safetensors", {"format": "pt"})
-                path.chmod(0o644)  # safetensors leaves it closed to other users
-                shard, written = {}, written + 1
-            return 0
-
-        for layer in target.takers:
-            layer.load = functools.partial(write, layer)
-        load_checkpoint(target, source)
-        for path in [path for kind in ("json", "jinja", "model", "txt") for path in source.glob(f"*.{kind}")]:
-            if path.name not in ("config.json", "model.safetensors.index.json"):
-                shutil.copy(path, work)
-        raw = read_json(source / "config.json")
-        raw["quantization_config"] = {"quant_method": "gpt-exact", "mode": mode, "group_size": own.group_size}
-        (work / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-        print(work.rename(out))
+def main() -> None:
+    args = generate.parse_args(mode="", out="")
+    if args.mode not in LINEARS:
+        generate.refuse("expected --mode int8 or --mode int4")
+    download.write_quantized(args.checkpoint_path or download.DEFAULT, args.out, args.mode, args.group_size)
 
 
 if __name__ == "__main__":
-    defaults = {"checkpoint_path": str(download.DEFAULT), "mode": "", "group_size": 32, "out": "", "calibration": ""}
-    bench.command(main, **defaults, tokens=16384)
+    import generate
+
+    generate.command(main)

@@ -4,9 +4,7 @@ python scripts/bench.py --compile                                    the default
 python scripts/bench.py --random_weights scripts/configs/Llama-3.1-8B.json --batches 1
 All flags of generate.py that choose a model or a way to run it apply."""
 
-import argparse
 import ctypes
-import functools
 import json
 import statistics
 import sys
@@ -63,7 +61,7 @@ def randomize(model, seed=0):
     for layer in model.takers:
         tensors = [torch.randn(shape, generator=generator, dtype=model.dtype) for shape in layer.shapes.values()]
         tensors = [t.mul_(0.02) if t.dim() > 1 else torch.ones_like(t) for t in tensors]
-        model.nbytes += layer.load(tensors, mapped=False)
+        model.nbytes += layer.load(tensors)
 
 
 def report(engine, load_s, compile_s, as_json):
@@ -78,30 +76,21 @@ def report(engine, load_s, compile_s, as_json):
     if as_json:
         print(json.dumps({"stats": stats}), flush=True)
     limit = read_bandwidth(model.device) / 1e9  # only now: it takes memory
-    say = functools.partial(print, file=sys.stderr)
-    say(f"{new} tokens: decode {decode:.1f} tokens/s, prefill {prefill:.0f} tokens/s, first token after {first:.2f} s")
+    print(
+        f"{new} tokens: decode {decode:.1f} tokens/s, prefill {prefill:.0f} tokens/s, first token after {first:.2f} s",
+        file=sys.stderr,
+    )
     share = f"{rate:.1f} GB/s, {rate / limit:.0%} of the {limit:.0f} GB/s that this machine reads"
-    say(f"load {load_s:.1f} s, compile {compile_s:.1f} s, weights {model.nbytes / 1e9:.2f} GB at {share}")
+    print(
+        f"load {load_s:.1f} s, compile {compile_s:.1f} s, weights {model.nbytes / 1e9:.2f} GB at {share}",
+        file=sys.stderr,
+    )
 
 
-def command(main, **own):
-    """Run main(its `own` flags, those of generate.py), exit with its status; an error is one line and status 2."""
-    about = {"description": sys.modules["__main__"].__doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(**about, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"error: {' '.join(message.split())}\n")
-    for name, default in own.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    try:
-        sys.exit(main(*parser.parse_known_args()))
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-
-def main(own, argv):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    import generate
-
-    args, batches = generate.parse_args(argv), [int(n) for n in own.batches.split(",")]
+def main():
+    args = generate.parse_args(batches="1,4,16", runs=5)
+    with generate.refusing(f"--batches {args.batches} is no list such as 1,4,16", ValueError):
+        batches = [int(n) for n in args.batches.split(",")]
     model, _ = generate.load(args)
     generate.set_up(model, args.compile, args.compile_prefill)
     limit = read_bandwidth(model.device)
@@ -110,11 +99,21 @@ def main(own, argv):
     print(f"| batch | prefill of {PROMPT}, tokens/s | first token, s | decode, tokens/s | GB/s | of the limit |")
     print("|---|---|---|---|---|---|")
     for batch_size in batches:
-        prefill, _, first = measure(generate, model, batch_size, PROMPT, 1, own.runs)
-        _, decode, _ = measure(generate, model, batch_size, CONTEXT, NEW, own.runs)
+        prefill, _, first = measure(generate, model, batch_size, PROMPT, 1, args.runs)
+        _, decode, _ = measure(generate, model, batch_size, CONTEXT, NEW, args.runs)
         rate = model.nbytes * decode / batch_size  # each step reads all weights and gives every row a token
         print(f"| {batch_size} | {prefill:.0f} | {first:.2f} | {decode:.1f} | {rate / 1e9:.1f} | {rate / limit:.0%} |")
 
+    if tp.world > 1:
+        tp.sent.clear()
+        with torch.inference_mode():
+            model(*torch.zeros(2, 1, 1, dtype=torch.int64), model.new_cache(1, 1), 1)
+        print(f"\nEach of {tp.world} ranks sends for a token, in bytes: {dict(tp.sent)}")
+
 
 if __name__ == "__main__":
-    command(main, batches="1,4,16", runs=5)
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import generate
+    import tp
+
+    generate.command(main)

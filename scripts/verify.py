@@ -2,153 +2,43 @@
 
 python scripts/verify.py                              the default model, four minutes on 2 cores
 python scripts/verify.py --precision fp32 --size 4    four times the requests, every batch size from 1 to 50
+python scripts/verify.py --nproc 3                    three processes that share the model, against one
 All flags of generate.py that choose a model or a device apply. A comparison is one completion, its tokens and the exact
 bits of its logprobs, against the same request alone with nothing varied. Exit status 1 where the flag does not hold."""
 
-import copy
-import multiprocessing
+import os
 import sys
-from dataclasses import replace
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate  # noqa: E402
-from generate import BATCH_INVARIANT, Engine, Request, Tokenizer, gumbel  # noqa: E402
-from scripts import bench  # noqa: E402
-
-LENGTHS, NEW, ROOM = (1, 9, 10, 64, 65, 256, 511), 16, 527  # tokens of the prompts, generated, of both at most
-OPTIONS = [{"temperature": 0.0}, {"seed": 7}, {"top_k": 50, "top_p": 0.9}]  # of the requests in turns
+import tp  # noqa: E402
+from tests import contract  # noqa: E402
 
 
-def complete(model, requests, slots=1, length=ROOM, threads=0, **settings) -> list[tuple]:
-    """(request id, (tokens, logprobs)) of requests that stream through an engine of such settings."""
-    before, engine = torch.get_num_threads(), Engine(model, Tokenizer(None), slots, length, **settings)
-    torch.set_num_threads(threads or before)
-    answers = [(c.request.id, (c.tokens, c.logprobs)) for c, _ in engine.generate(requests) if c.finish_reason]
-    torch.set_num_threads(before)
-    return answers
-
-
-def rescore(args, alone: dict, requests, model=None) -> list[tuple]:
-    """The same with logprobs by prefill of what came alone, by a model loaded as `args` say if none is given."""
-    engine = Engine(model or generate.load(args)[0], Tokenizer(None), 1, ROOM)
-    return [(r.id, (alone[r.id][0], engine.score(r.prompt_ids, alone[r.id][0]))) for r in requests]
-
-
-def tally(alone: dict, answers: list[tuple]) -> tuple[str, bool]:
-    """How many differ from what `alone` has, and the first token at which one does; whether any does."""
-    first = []
-    for name, now in answers:
-        pairs = zip(*(x[: len(now[0])] for x in alone[name]), *now, strict=True)
-        first += [i for i, x in enumerate(pairs) if x[:2] != x[2:]][:1]
-    return f"{len(first)} of {len(answers)}" + (f", {min(first)}" if first else ""), bool(first)
-
-
-class HalfRight(dict):
-    """Drafts what came alone, every third token wrong, so that some drafts are accepted and others are not."""
-
-    pays = 0
-
-    def __call__(self, slots, sampler, k: int) -> list[list[int]]:
-        texts = [self[c.request.id][0][len(c.tokens) :] if c else [] for c in slots]
-        return [[token ^ (i % 3 == 2) for i, token in enumerate((text + [0] * k)[:k])] for text in texts]
-
-
-def promises(args, size: int, model, requests: list[Request]):
-    """(what varies, how many differ, whether any does) for each row of the table."""
-    same, compiled = replace(requests[1], id="same", temperature=0.0), copy.copy(model)
-    generate.set_up(compiled, True, args.deterministic)  # with the flag off, one graph is enough to see a difference
-    alone = dict(complete(model, [*requests, same]))
-    row = lambda name, *runs: (name, *tally(alone, sum(runs, [])))
-    others = [replace(r, max_new_tokens=1 + 3 * i % r.max_new_tokens) for i, r in enumerate(requests)]
-    # The first of them are the short ones.
-    mixed = sum(zip([same] * max(25, len(others)), others + others[:4] * 5, strict=False), ())
-    batches = [complete(model, mixed, n) for n in ((5, 9, 17, 33) if size == 1 else range(1, 51))]
-    yield row("C1 batch size, neighbours, refilled slots", *batches)
-    # What happens before the first token shows in it and in the next two, which read the cache.
-    short = [replace(r, max_new_tokens=3) for r in requests]
-    chunks = [(1, short[:4]), (3, short[:4]), (7, short[:6]), (64, short), (200, short)]
-    yield row("C2 prefill in chunks", *(complete(model, some, chunk=n) for n, some in chunks))
-    yield row("C2 rescored by prefill", rescore(args, alone, requests, model))
-    settings = [(n, {"propose": HalfRight(alone), "k": k}) for n, k in ((1, 1), (1, 4), (3, 5), (8, 8))]
-    yield row("C3 speculation, 1 to 8 drafts", *(complete(model, requests, n, **drafts) for n, drafts in settings))
-    yield row("C5 compiled", *(complete(compiled, short, n) for n in ((1, 4) if args.deterministic else (1,))))
-    yield row("C6 cache length", *(complete(model, requests[3:], 2, n) for n in (1024, 2500)))
-    yield row("C7 threads 1 to 32", *(complete(model, short[1:6:2], 2, threads=n) for n in (1, 2, 4, 8, 16, 32)))
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        yield row("C7 another process", pool.apply(rescore, (args, alone, requests)))
-    identical = [str(answer) for name, answer in sum(batches, []) if name == "same"]
-    unique = len(set(identical))
-    yield f"unique completions of {len(identical)} identical requests, mixed batches", str(unique), unique > 1
-
-
-def plain_linear(x, packed):
-    """No padding, no leaves, no probe. The weight, however it is packed, is what it makes of the unit vectors."""
-    if not hasattr(packed, "plain"):
-        bias, units = packed(x.new_zeros(1, x.shape[-1])), torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        packed.plain = (packed(units) - bias).T.to(x).contiguous(), bias[0].to(x)
-    return F.linear(x, *packed.plain)
-
-
-def causal_flag(q, k, v, k_cache, v_cache, pos, mask, scale):
-    """Whole prompts through SDPA's is_causal, which looks at no cache."""
-    y = BATCH_INVARIANT.attention(q, k, v, k_cache, v_cache, pos, mask, scale)
-    if q.shape[1] == 1 or pos[0, 0]:
-        return y
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
-
-
-def follow(model, rules, noise=gumbel, **broken):
-    """Put rules into force, some of them broken."""
-    generate.gumbel = noise
-    for layer in model.modules():
-        layer.ops = replace(rules, **broken)
-
-
-CONTROLS = {
-    "F.linear with no tiles, leaves or probe": {"linear": plain_linear},
-    "leaves for several rows only": {"linear": lambda x, w: plain_linear(x, w) if x.numel() == x.shape[-1] else w(x)},
-    "is_causal for whole prompts": {"attention": causal_flag},
-    "noise by row": {"noise": lambda key, *place: gumbel(key + torch.arange(len(key)).to(key)[:, None], *place)},
-}
-
-
-def prepare(argv: list[str], size: int) -> tuple:
-    """The arguments of `promises`: a model as the flags say, and requests with random prompts."""
-    args, draw = generate.parse_args(argv), torch.Generator().manual_seed(0)
-    model, _ = generate.load(args)
-    ids = [torch.randint(model.config.vocab_size, (n,), generator=draw).tolist() for n in LENGTHS * size]
-    requests = [Request(i, "", row, max_new_tokens=NEW, **OPTIONS[i % 3]) for i, row in enumerate(ids)]
-    return args, size, model, requests
-
-
-def main(own, argv: list[str]) -> int:
-    off, failed = {}, False
-    for name, found, _ in promises(*prepare(argv, own.size)):
+def main() -> int:
+    args, off, failed = generate.parse_args(size=1, nproc=1), {}, False
+    if args.nproc > 1 == tp.world:
+        run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}", *sys.argv]
+        os.execv(sys.executable, [sys.executable, *run])
+    args.deterministic = False
+    for name, found, _ in contract.promises(*contract.prepare(args)):
         off[name] = found
         if sys.stderr.isatty():
             generate.say(f"flag off, {name}: {found}")
     print("| what varies | flag off: differ of compared, first token | flag on |\n|---|---|---|")
-    args, _, model, requests = prepare([*argv, "--deterministic"], own.size)
-    for name, found, differs in promises(args, own.size, model, requests):
+    args.deterministic = True
+    _, model, requests = contract.prepare(args)
+    for name, found, differs in contract.promises(args, model, requests):
         print(f"| {name} | {off[name]} | {found} |", flush=True)
         failed |= differs
     print("\n| a rule broken on purpose, the flag on | differ of compared, first token |\n|---|---|")
-    rules, some = model.ops, [replace(r, temperature=1.5 * r.temperature, max_new_tokens=8) for r in requests[1:5]]
-    for name, broken in CONTROLS.items():  # beside the answers alone of a model that breaks the rule as well
-        follow(model, rules, **broken)
-        answers = complete(model, some, slots=4) + complete(model, some, chunk=7)
-        found, differs = tally(dict(complete(model, some)), answers)
+    for name, found, differs in contract.controls(model, requests):
         print(f"| {name} | {found} |", flush=True)
         failed |= not differs
-    follow(model, rules)
     print("\nThe contract does not hold, or a control did not fail." if failed else "\nThe contract holds.")
     return int(failed)
 
 
 if __name__ == "__main__":
-    bench.command(main, size=1)
+    generate.command(main)

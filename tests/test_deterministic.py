@@ -17,6 +17,7 @@ import kernels
 from generate import Engine, Request, Tokenizer
 from kernels import BATCH_INVARIANT, FAST, LeafPacked, add_leaves, causal, leaf_count, sliding_window
 from model import ModelConfig, Transformer
+from tests.contract import causal_flag, noise_by_row
 
 BF16, FP16, FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROWS = [1, 2, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000]
@@ -291,7 +292,7 @@ class Case:
         pos = torch.stack([torch.arange(s, s + count) for s in starts])
         span = -(-(int(pos.max()) + 1) // 64) * 64 + extra
         q, k, v = (torch.stack([row[s : s + count] for row, s in zip(x, starts, strict=True)]) for x in self.qkv())
-        mask = ops.mask(self.mask_mod, pos, span, (self.heads, self.k.shape[2]), self.dtype)
+        mask = ops.mask(self.mask_mod, pos, span, torch.arange(self.heads).view(self.k.shape[2], -1), self.dtype)
         return ops.attention(q, k, v, *cache, pos, mask, q.shape[-1] ** -0.5)
 
     def qkv(self):
@@ -305,16 +306,6 @@ class Case:
             out.append(self.piece(ops, cache, start, end, extra))
             start = end
         return torch.cat(out, 1)
-
-
-def causal_flag(q, k, v, k_cache, v_cache, pos, mask, scale):
-    """Broken: whole prompts through SDPA's is_causal, which looks at no cache."""
-    y = BATCH_INVARIANT.attention(q, k, v, k_cache, v_cache, pos, mask, scale)
-    if q.shape[1] == 1 or pos[0, 0]:
-        return y
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=scale)
-    return y.transpose(1, 2).flatten(2)
 
 
 def two_recipes(q, k, v, k_cache, v_cache, pos, mask, scale):
@@ -586,7 +577,7 @@ def build(folder, ops, dtype, name="2 KV heads"):
     for i, taker in enumerate(model.takers):
         tensors = [randn(*shape, seed=i) * 0.3 for shape in taker.shapes.values()]
         is_norm = len(taker.shapes) == 1 and tensors[0].dim() == 1
-        taker.load([(t + is_norm).to(dtype) for t in tensors], mapped=False)
+        taker.load([(t + is_norm).to(dtype) for t in tensors])
     return model
 
 
@@ -699,9 +690,8 @@ def test_neighbours(tmp_path, dtype):
 def test_neighbours_broken(tmp_path, monkeypatch):
     """Noise by row."""
     model = build(tmp_path, BATCH_INVARIANT, FP32)
-    want, gumbel = answers(model, MIXED)[MIXED[1].id], generate.gumbel
-    noisy = lambda key, pos, ids: gumbel(key + torch.arange(len(key))[:, None], pos, ids)
-    monkeypatch.setattr(generate, "gumbel", noisy)
+    want = answers(model, MIXED)[MIXED[1].id]
+    monkeypatch.setattr(generate, "gumbel", noise_by_row)
     assert among(model, 9) != want
 
 

@@ -446,7 +446,7 @@ def attend(mask_mod, dtype, T, poison=0.0, D=18):
     k_cache, v_cache = (x.masked_fill(behind, poison) for x in (k, v))
     q_new, k_new, v_new = (x[rows, :, pos] for x in (q, k, v))
     span = -(-(int(pos.max()) + 1) // 64) * 64
-    mask = FAST.mask(mask_mod, pos, span, (H, G), dtype)
+    mask = FAST.mask(mask_mod, pos, span, torch.arange(H).view(G, -1), dtype)
     got = FAST.attention(q_new, k_new, v_new, k_cache, v_cache, pos, mask, D**-0.5)
 
     index = [x.view(s) for x, s in zip(map(torch.arange, (B, H)), ((B, 1, 1, 1), (1, H, 1, 1)), strict=True)]

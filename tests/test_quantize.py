@@ -123,7 +123,9 @@ def test_codes_are_within_half_a_step(group):
     assert parts["weight"].dtype == torch.uint8 and parts["weight"].shape == (48, 128)
     assert parts["scale"].shape == parts["zero"].shape == (48, 256 // group)
     step = parts["scale"].float().repeat_interleave(group, dim=1)
-    assert ((floats(parts) - weight).abs() <= 0.53 * step).all()  # scale and zero are rounded as well
+    inside = (nibbles(parts["weight"]) > 0) & (nibbles(parts["weight"]) < 15)  # of limits that may be narrower
+    assert ((floats(parts) - weight).abs() <= 0.53 * step)[inside].all()  # scale and zero are rounded as well
+    assert inside.float().mean() > 0.9 - 2 / group
     parts = Int8Linear.from_float(weight, group)
     assert parts["weight"].dtype == torch.int8 and parts["scale"].dtype == torch.bfloat16
     assert ((floats(parts) - weight).abs() <= 1.01 * parts["scale"]).all()
@@ -334,12 +336,10 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, change, message):
     ("flags", "message"),
     [
         (["--mode", "int4", "--group_size", "128"], "group_size 128 does not divide 192 inputs"),
-        (["--mode", "int4", "--group_size", "48"], "--group_size 32, 64 or 128"),
+        (["--mode", "int4", "--group_size", "48"], "choose from 32, 64, 128"),
         (["--mode", "int5"], "expected --mode int8"),
-        (["--mode", "int4", "--grop_size", "64"], "expected --mode int8"),
-        (["--mode", "int4-gptq"], "--calibration FILE"),
-        (["--mode", "int8", "--calibration", "nowhere"], "--calibration FILE"),
-        (["--mode", "int4", "--calibration", "nowhere"], "nowhere cannot be read"),
+        (["--mode", "int4", "--grop_size", "64"], "--grop_size"),
+        (["--mode", "int4-gptq"], "expected --mode int8"),
         (["--mode", "int8", "--checkpoint_path", "nowhere"], "nowhere"),
     ],
 )
@@ -371,33 +371,29 @@ def test_a_killed_command_leaves_nothing_that_looks_whole(tmp_path):
     assert not list(tmp_path.rglob(".*/**/config.json"))
 
 
-# Calibration.
+# Limits.
 
 
-def test_calibration_lowers_the_error_of_outputs():
-    """Where some inputs are larger than others, against rounding to nearest; a calibration on inputs that are large
-    elsewhere is the negative control."""
-    weight, size = randn(64, 128), 10 * randn(128, seed=1).square()
-    x = randn(4096, 128, seed=2) * size
-
-    def error(importance):
-        return ((x @ (floats(Int4Linear.from_float(weight, 64, importance)) - weight).T) ** 2).mean().item()
-
-    calibrated, elsewhere, nearest = error(x.square().mean(0)), error(x.square().mean(0).flip(0)), error(None)
-    assert calibrated < 0.8 * nearest
-    assert elsewhere > 1.2 * calibrated
+def nearest(weight, group):
+    """What rounding between the least and the largest of each group makes of a weight."""
+    w = weight.unflatten(1, (-1, group))
+    least, most = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((most - least) / 15).bfloat16().float()
+    zero = (-least / scale).half().float()
+    return (((w / scale + zero).round().clamp(0, 15) - zero) * scale).flatten(1)
 
 
-def test_calibration_takes_the_inputs_of_each_layer(tmp_path):
-    """Of the first, they are the normed embeddings; and what comes after every layer has a share in it."""
-    model = load(directory(tmp_path / "m", CONFIG), "--precision", "fp32")
-    squares = quantize.calibration(model, torch.tensor(IDS).view(2, 35))
-    want = model.layers[0][0].norm(model.embed(torch.tensor(IDS)).float()).float().square().mean(0)
-    torch.testing.assert_close(squares["model.layers.0.self_attn.k_proj.weight"], want)
-    named = [name for layer in model.takers for name in layer.shapes if name.endswith("proj.weight")]
-    assert squares.keys() >= set(named) and len(named) == 14
-    sizes = {name: len(squares[name]) for name in named}
-    assert {n for name, n in sizes.items() if "down" in name} == {384} and set(sizes.values()) == {192, 384}
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_narrower_limits_lower_the_error(group):
+    """Of each group, and by a tenth of all where weights have the tails of a normal distribution; never where the
+    whole range is in use, which the last assertion holds against it."""
+    error = lambda a, b: (a - b).unflatten(1, (-1, group)).square().sum(-1)
+    weight = randn(256, 512)
+    found, plain = floats(Int4Linear.from_float(weight, group)), nearest(weight, group)
+    assert (error(found, weight) <= 1.001 * error(plain, weight)).all()
+    assert error(found, weight).sum() < 0.93 * error(plain, weight).sum()
+    even = torch.linspace(-1, 1, 16).repeat(8, 512 // 16)
+    assert error(floats(Int4Linear.from_float(even, group)), even).sum() == error(nearest(even, group), even).sum()
 
 
 def test_the_codes_of_a_gguf_come_back():

@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 
 import generate
 from kernels import BATCH_INVARIANT, FAST
-from scripts import verify
+from tests import contract
 
 ROOT = Path(generate.__file__).parent
 CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 192, "vocab_size": 320}
@@ -57,21 +56,21 @@ def test_bad_input(argv, word):
 
 def test_tally():
     alone = {0: ([5, 6], [-1.0, -2.0]), 1: ([7], [-3.0])}
-    assert verify.tally(alone, list(alone.items())) == ("0 of 2", False)
-    assert verify.tally(alone, [(0, ([5, 6], [-1.0, -2.0000001])), (1, ([7], [-3.0]))]) == ("1 of 2, 1", True)
-    assert verify.tally(alone, [(0, ([5], [-1.0])), (1, ([8], [-3.0]))]) == ("1 of 2, 0", True)
+    assert contract.tally(alone, list(alone.items())) == ("0 of 2", False)
+    assert contract.tally(alone, [(0, ([5, 6], [-1.0, -2.0000001])), (1, ([7], [-3.0]))]) == ("1 of 2, 1", True)
+    assert contract.tally(alone, [(0, ([5], [-1.0])), (1, ([8], [-3.0]))]) == ("1 of 2, 0", True)
 
 
 def rows(config, monkeypatch, flags=(), **broken):
     """The table of one model, with no compiling, which takes minutes."""
-    args = generate.parse_args(["--random_weights", str(config), *flags])
+    args = generate.parse_args(["--random_weights", str(config), *flags], size=1)
     model, _ = generate.load(args)
-    verify.follow(model, replace(model.ops, **broken), generate.gumbel)
+    contract.follow(model, model.ops, **broken)
     monkeypatch.setattr(generate, "set_up", lambda *_: None)
-    monkeypatch.setattr(verify.multiprocessing, "get_context", lambda kind: SameProcess())
-    ids = [torch.randint(320, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in verify.LENGTHS]
-    requests = [generate.Request(i, "", row, max_new_tokens=6, **verify.OPTIONS[i % 3]) for i, row in enumerate(ids)]
-    return {name: (found, differs) for name, found, differs in verify.promises(args, 1, model, requests)}
+    monkeypatch.setattr(contract.multiprocessing, "get_context", lambda kind: SameProcess())
+    ids = [torch.randint(320, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in contract.LENGTHS]
+    requests = [generate.Request(i, "", row, max_new_tokens=6, **contract.OPTIONS[i % 3]) for i, row in enumerate(ids)]
+    return {name: (found, differs) for name, found, differs in contract.promises(args, model, requests)}
 
 
 class SameProcess:
@@ -96,14 +95,14 @@ def test_verify_finds_nothing_with_the_flag(config, monkeypatch):
 
 
 def test_verify_finds_a_broken_rule(config, monkeypatch):
-    table = rows(config, monkeypatch, ["--deterministic"], attention=verify.causal_flag)
+    table = rows(config, monkeypatch, ["--deterministic"], attention=contract.causal_flag)
     assert table["C2 prefill in chunks"][1] and table["C2 rescored by prefill"][1]
     assert not table["C6 cache length"][1]  # which that rule has nothing to do with
 
 
 @pytest.mark.parametrize("name", ["F.linear with no tiles, leaves or probe", "leaves for several rows only"])
 def test_controls_are_other_products(name):
-    linear = verify.CONTROLS[name]["linear"]
+    linear = contract.CONTROLS[name]["linear"]
     weight, x = (torch.randn(n, 384, generator=torch.Generator().manual_seed(n)) for n in (64, 40))
     packed = BATCH_INVARIANT.pack(weight, None, 3)
     want = BATCH_INVARIANT.linear(x, packed)

@@ -26,7 +26,7 @@ def blurred(model, seed=1, much=0.02):
         noise = [randn(*shape, seed=1000 * seed + i) * much for shape in taker.shapes.values()]
         is_norm = len(taker.shapes) == 1 and tensors[0].dim() == 1
         pairs = zip(tensors, noise, strict=True)
-        taker.load([(t + is_norm + n).to(model.dtype) for t, n in pairs], mapped=False)
+        taker.load([(t + is_norm + n).to(model.dtype) for t, n in pairs])
     return other
 
 

@@ -276,7 +276,7 @@ def test_both_ways_through_attention_were_taken(monkeypatch):
 
 def test_on_a_gpu_only_windows_can_be_masks():
     pos = SimpleNamespace(is_cuda=True)
-    mask = functools.partial(kernels.BATCH_INVARIANT.mask, pos_BT=pos, span=64, heads=(1, 1), dtype=torch.float32)
+    mask = functools.partial(kernels.BATCH_INVARIANT.mask, pos_BT=pos, span=64, heads_GR=None, dtype=torch.float32)
     assert (mask(causal), mask(sliding_window(21))) == ((1 << 30), 21)
     with pytest.raises(ValueError, match="causal or a sliding_window"):
         mask(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx)

@@ -1,0 +1,121 @@
+"""What is asked for: requests from the flags of generate.py, from files, and from a conversation in the terminal."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+import tp
+from model import ModelConfig, refuse, refusing
+
+message = lambda role, text: {"role": role, "content": text}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to make."""
+
+    id: int | str
+    prompt: str
+    prompt_ids: list[int]
+    sample: int = 0
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 200
+    top_p: float = 1.0
+    seed: int = 1234
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+    line: dict | None = None  # of --score, to be printed again
+
+
+def make_requests(args, config: ModelConfig, tokenizer, entry: dict) -> list[Request]:
+    """The samples of a prompt: its ids are given, random or its text's. Raises InputError."""
+    text, ids = entry["prompt"], entry.get("prompt_ids")
+    text.encode()  # raises UnicodeError for half a character, which no tokenizer takes
+    if ids is None and text.isascii() and text.isdigit() and not args.prompts_file:
+        generator, size = torch.Generator().manual_seed(args.seed & 0xFFFFFFFF), min(int(text[:18]), config.context + 1)
+        ids = torch.randint(config.vocab_size, (size,), generator=generator).tolist()
+    elif ids is None:
+        ids = tokenizer.encode_chat(args.system + [message("user", text)]) if args.chat else tokenizer.encode(text)
+    room, name = config.context - len(ids), f"prompt {entry['id']}"
+    if not ids or room < 0 or any(type(x) is not int or not 0 <= x < config.vocab_size for x in ids):
+        expected = f"1 to {config.context} tokens (the model's context) with ids from 0 to {config.vocab_size - 1}"
+        refuse(f"{name} has {len(ids)} tokens, expected {expected}")
+    settings = {f.name: getattr(args, f.name) for f in fields(Request) if hasattr(args, f.name)} | entry
+    if settings["max_new_tokens"] > room:
+        tp.rank or print(
+            f"warning: {name} meets the context of {config.context} after {room} new tokens", file=sys.stderr
+        )
+    settings |= {"prompt_ids": ids, "max_new_tokens": min(settings["max_new_tokens"], room)}
+    return [Request(**{"sample": i} | settings) for i in range(args.num_samples)]
+
+
+def read_requests(args, config: ModelConfig, tokenizer) -> list[Request]:
+    """For each --prompt, or line of --prompts_file or --score that is no blank nor stats. Raises InputError."""
+    flag, path = ("--score", args.score) if args.score else ("--prompts_file", args.prompts_file)
+    lines, is_json = enumerate(args.prompt or ["128" if args.random_weights else "Hello, my name is"]), False
+    if path:
+        with refusing(f"{flag} {path} cannot be read", OSError, ValueError):
+            text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode()
+        lines = [(i, line.removesuffix("\r")) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        is_json = args.score or path.suffix == ".jsonl" or (str(path) == "-" and text.lstrip().startswith('{"'))
+    kinds, made = {"prompt": [str], "id": [str, int], "seed": [int], "max_new_tokens": [int]}, {}
+    for i, line in lines or refuse(f"{flag} {path} is empty"):
+        with refusing(f"{flag} {path}, line {i} is refused" if path else "--prompt", ValueError, TypeError, KeyError):
+            given = json.loads(line) if is_json else {"prompt": line}
+            if not args.score:
+                entry = {"id": len(made)} | {key: given[key] for key in kinds if key in given or key == "prompt"}
+                kind_is_wrong = any(type(value) not in kinds[name] for name, value in entry.items())
+                if kind_is_wrong or entry.get("max_new_tokens", 1) < 1 or entry["id"] in made:
+                    refuse("expected a text as prompt, an id of its own, integers as seed and max_new_tokens")
+                made[entry["id"]] = make_requests(args, config, tokenizer, entry)
+            elif "stats" not in given:
+                ids = (given["prompt_ids"] or refuse("expected prompt_ids")) + given["tokens"]
+                entry = {name: given.get(name) for name in ("id", "sample")} | {"prompt": "", "prompt_ids": ids}
+                entry |= {"max_new_tokens": 0, "line": given}  # nothing is left to draw
+                made[i, given.get("id"), given.get("sample")] = make_requests(args, config, tokenizer, entry)[:1]
+    return [request for samples in made.values() for request in samples] or refuse(f"{flag} {path} has no completion")
+
+
+def resume(path: Path | None, requests: list[Request]) -> list[Request]:
+    """Those of which an --output file has no completion; a torn last line of the file is cut off."""
+    *lines, torn = (path.read_bytes() if path and path.exists() else b"").split(b"\n")
+    with refusing(f"--output {path} holds more than completions, which would be lost", ValueError, KeyError, TypeError):
+        done = {(entry["id"], entry["sample"]) for entry in map(json.loads, lines) if "stats" not in entry}
+        b'{"id": '.startswith(torn[:7]) or refuse("its last line")
+    if torn:
+        os.truncate(path, path.stat().st_size - len(torn))
+    return [r for r in requests if (r.id, r.sample) not in done]
+
+
+def read_line():
+    with contextlib.suppress(EOFError):
+        return input("> " if sys.stdin.isatty() else "").strip()
+    return "/exit"
+
+
+def converse(engine, system, request):
+    """A conversation until /exit; Ctrl-C stops an answer, /clear forgets. `system` is the messages that it begins with,
+    `request` makes one of an entry of prompts."""
+    history, context = system, engine.model.config.context
+    while (line := tp.agree(read_line, alone=True)) != "/exit":
+        history = system if line == "/clear" else history
+        if line in ("", "/clear"):
+            continue
+        turns, answer = [*history, message("user", line)], ""
+        with contextlib.suppress(KeyboardInterrupt):
+            ids = engine.tokenizer.encode_chat(turns)
+            if len(ids) > context:  # no reason to lose the conversation
+                tp.rank or print(f"{len(ids)} tokens do not fit {context}: /clear starts over", file=sys.stderr)
+                continue
+            for _, text in engine.generate([request({"id": "conversation", "prompt": line, "prompt_ids": ids})]):
+                answer += text
+                print(text, end="", flush=True)
+        print(flush=True)
+        history = [*turns, message("assistant", answer)]
