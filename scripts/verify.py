@@ -19,7 +19,7 @@ from tests import contract  # noqa: E402
 def main() -> int:
     args, off, failed = generate.parse_args(size=1, nproc=1), {}, False
     if args.nproc > 1 == tp.world:
-        run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}", *sys.argv]
+        run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}", "--", *sys.argv]
         os.execv(sys.executable, [sys.executable, *run])
     args.deterministic = False
     for name, found, _ in contract.promises(*contract.prepare(args)):
