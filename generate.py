@@ -358,9 +358,7 @@ def parse_args(argv: list[str] | None = None, **own) -> argparse.Namespace:
 
 def load(args: argparse.Namespace, ranks: int = tp.world) -> tuple[Transformer, Tokenizer]:
     """The model, of which each of `ranks` has a part, and its tokenizer, by the flags: all load or none does."""
-    if ranks == 1:
-        return load_part(args, ranks)
-    args.device = tp.start(args.device)
+    args.device = tp.start(args.device) if ranks > 1 else args.device
     return tp.agree(lambda: load_part(args, ranks))
 
 
@@ -369,6 +367,7 @@ def load_part(args: argparse.Namespace, ranks: int) -> tuple[Transformer, Tokeni
     names = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
     with refusing(f"--device {args.device} is not available, choose from {names}", RuntimeError, AssertionError):
         torch.zeros(1, device=args.device).item()
+        args.device.startswith("cuda:") and torch.cuda.set_device(args.device)  # where Triton launches its kernels
     directory, shape = args.checkpoint_path or download.DEFAULT, args.random_weights
     if not (shape or args.checkpoint_path or directory.exists()):
         say(f"{directory} is missing, fetching it")

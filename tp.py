@@ -59,7 +59,7 @@ def part(tensor: Tensor, axis: int, ranks: int, unit: int = 1) -> Tensor:
 def agree(work: Callable, alone: bool = False):
     """What work() returns, or where it is the first rank's `alone`, what it returns there. A ValueError or OSError of
     any rank is raised at all of them: none waits for one that has left."""
-    if world == 1:
+    if not dist.is_initialized():
         return work()
     result = error = None
     try:

@@ -103,7 +103,6 @@ def main():
         _, decode, _ = measure(generate, model, batch_size, CONTEXT, NEW, args.runs)
         rate = model.nbytes * decode / batch_size  # each step reads all weights and gives every row a token
         print(f"| {batch_size} | {prefill:.0f} | {first:.2f} | {decode:.1f} | {rate / 1e9:.1f} | {rate / limit:.0%} |")
-
     if tp.world > 1:
         tp.sent.clear()
         with torch.inference_mode():
