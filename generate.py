@@ -1,4 +1,4 @@
-"""The front door: arguments, tokenizer, chat, sampling, the generate() iterator, printing. See --help."""
+"""Text from an open-weight language model: arguments, tokenizer, chat, sampling, the generate() iterator, printing."""
 
 import argparse
 import contextlib
@@ -54,7 +54,8 @@ def gumbel(key_B2: Tensor, pos_B: Tensor, ids_BK: Tensor) -> Tensor:
 
 def top(logits_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest fp32 logits and their ids, by (value descending, id ascending): as one integer, none are a tie."""
-    ids, bits = torch.arange(V := logits_BV.shape[1]).to(logits_BV.device), (logits_BV + 0.0).view(torch.int32)  # no -0
+    ids = torch.arange(V := logits_BV.shape[1], device=logits_BV.device)
+    bits = (logits_BV + 0.0).view(torch.int32)  # adding 0 turns -0 into 0
     packed = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32 | (WORD - ids)
     ids = WORD - (packed.topk(min(k, V)).values & WORD)
     return logits_BV.gather(-1, ids), ids
@@ -336,7 +337,7 @@ def parse_args(argv: list[str] | None = None, **own) -> argparse.Namespace:
     add("--json", action="store_true", help="one JSON object a line")
     add("--output", type=Path, metavar="FILE", help="append those lines to FILE; a rerun skips what is there")
     for name, default in own.items():
-        add(f"--{name}", type=type(default), default=default, help="see above")
+        add(f"--{name}", type=type(default), default=default, help="see above (%(default)r)")
     args = p.parse_args(argv)
     ranges = dict.fromkeys(("max_new_tokens", "top_k", "num_samples", "batch_size"), (1, 2**62))
     ranges |= {"prefill_chunk": (0, 2**62), "temperature": (0, 2**62), "top_p": (0, 1), "speculate_k": (1, 64)}

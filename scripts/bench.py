@@ -2,7 +2,7 @@
 
 python scripts/bench.py --compile                                    the default model
 python scripts/bench.py --random_weights scripts/configs/Llama-3.1-8B.json --batches 1
-All flags of generate.py that choose a model or a way to run it apply."""
+All flags of generate.py that choose a model or a way to run it apply; a figure is the median of --runs."""
 
 import ctypes
 import json
