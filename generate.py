@@ -297,6 +297,7 @@ class DraftModel:
         return drafts
 
 
+@tp.agreed
 def parse_args(argv: list[str] | None = None, **own) -> argparse.Namespace:
     """The command line, with a script's `own` flags and their defaults; raises InputError for values out of range and
     flags that exclude each other."""
@@ -339,6 +340,7 @@ def parse_args(argv: list[str] | None = None, **own) -> argparse.Namespace:
     for name, default in own.items():
         add(f"--{name}", type=type(default), default=default, help="see above (%(default)r)")
     args = p.parse_args(argv)
+    args.device += f":{os.environ.get('LOCAL_RANK')}" if tp.world > 1 and args.device == "cuda" else ""
     ranges = dict.fromkeys(("max_new_tokens", "top_k", "num_samples", "batch_size"), (1, 2**62))
     ranges |= {"prefill_chunk": (0, 2**62), "temperature": (0, 2**62), "top_p": (0, 1), "speculate_k": (1, 64)}
     for flag, (low, high) in ranges.items():
@@ -357,14 +359,9 @@ def parse_args(argv: list[str] | None = None, **own) -> argparse.Namespace:
     return args
 
 
+@tp.agreed
 def load(args: argparse.Namespace, ranks: int = tp.world) -> tuple[Transformer, Tokenizer]:
-    """The model, of which each of `ranks` has a part, and its tokenizer, by the flags: all load or none does."""
-    args.device = tp.start(args.device) if ranks > 1 else args.device
-    return tp.agree(lambda: load_part(args, ranks))
-
-
-def load_part(args: argparse.Namespace, ranks: int) -> tuple[Transformer, Tokenizer]:
-    """What `load` returns; fetches the default checkpoint where it is missing."""
+    """The model, a part of it where `ranks` share it, and its tokenizer; fetches a missing default checkpoint."""
     names = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
     with refusing(f"--device {args.device} is not available, choose from {names}", RuntimeError, AssertionError):
         torch.zeros(1, device=args.device).item()
@@ -393,6 +390,7 @@ def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> N
         model.decode_stack, model.verify_stack = (torch.compile(model.stack, options=options, **kept) for _ in range(2))
 
 
+@tp.agreed
 def build(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, length: int, k: int = 0) -> Engine:
     """An engine and what drafts, by the flags, warm. Raises InputError for a draft model of another vocabulary."""
     propose = prompt_lookup if args.prompt_lookup else None
@@ -437,10 +435,10 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load(args)
     load_s = time.perf_counter() - start
     read = lambda: [] if args.interactive else read_requests(args, model.config, tokenizer)
-    requests = tp.agree(lambda: resume(args.output, read()), alone=True)
+    requests = tp.agreed(lambda: resume(args.output, read()), alone=True)()
     sizes = [model.config.context] if args.interactive else [len(r.prompt_ids) + r.max_new_tokens for r in requests]
     start = time.perf_counter()
-    engine = tp.agree(lambda: build(args, model, tokenizer, max(sizes, default=1)))
+    engine = build(args, model, tokenizer, max(sizes, default=1))
     compile_s = time.perf_counter() - start
     trace = torch.profiler.profile(on_trace_ready=lambda profile: profile.export_chrome_trace(args.profile))
     with trace if args.profile and not tp.rank else contextlib.nullcontext():
@@ -453,6 +451,7 @@ def main(argv: list[str] | None = None) -> None:
 def command(main: Callable) -> None:
     """Run main() and exit with its status; what a user got wrong is one line and status 2."""
     try:
+        tp.start()
         status = main() or 0
     except (InputError, OSError, UnicodeError) as e:
         say("error:", *str(e).split())

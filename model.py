@@ -251,9 +251,8 @@ class Transformer(nn.Module):
         super().__init__()
         if ranks not in (fit := tp.degrees(config, ops.exact)):
             refuse(f"{ranks} processes cannot share this model, choose from {', '.join(map(str, fit))}")
-        # The query heads of this rank, by KV head.
-        self.heads = tp.part(torch.arange(config.n_heads), 0, ranks).view(max(config.n_kv_heads // ranks, 1), -1)
-        self.ranks, self.heads = ranks, self.heads.to(device)
+        self.ranks, heads = ranks, tp.part(torch.arange(config.n_heads, device=device), 0, ranks)
+        self.heads = heads.view(max(config.n_kv_heads // ranks, 1), -1)  # of queries, this rank's, by KV head
         self.config, self.ops, self.device, self.dtype = config, ops, device, dtype
         self.nbytes, self.takers = 0, []  # of weights that every step reads; the layers that take checkpoint tensors
         self.embed = Embedding(self, {"model.embed_tokens.weight": (config.vocab_size, config.dim)})

@@ -1,7 +1,6 @@
 """int8 and int4 weights of linear layers, and the command that writes a checkpoint directory of them.
 
-python quantize.py --mode int4                                   the default model, into DIR-int4-g32
-python quantize.py --mode int8 --checkpoint_path DIR --out NEW
+python quantize.py --mode int4 --group_size 64 --checkpoint_path DIR --out NEW     without them: the default model, 32
 
 On disk a weight [N, K] is (code - zero) * scale: int8 [N, K] with a scale a row and no zero, or uint8 [N, K / 2], the
 low nibble at even k, with scale and zero [N, K / group]. The head is int8 either way, or on disk a tied embedding."""

@@ -24,13 +24,12 @@ rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 sent = Counter()  # bytes by this rank, if messages go around a ring, by name of the exchange
 
 
-def start(device: str) -> str:
-    """Join the other ranks, if torchrun has started some, of which only the first prints; the device of this one."""
-    if world > 1 and not dist.is_initialized():
+def start() -> None:
+    """Join the other ranks, if torchrun has started some, of which only the first prints."""
+    if world > 1:
         sys.stdout = open(os.devnull, "w") if rank else sys.stdout
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # as long as a user may think
-    return f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and device == "cuda" else device
 
 
 def leave(status: int) -> None:
@@ -56,20 +55,24 @@ def part(tensor: Tensor, axis: int, ranks: int, unit: int = 1) -> Tensor:
     return tensor.chunk(pieces, axis)[rank % ranks * pieces // ranks]
 
 
-def agree(work: Callable, alone: bool = False):
-    """What work() returns, or where it is the first rank's `alone`, what it returns there. A ValueError or OSError of
-    any rank is raised at all of them: none waits for one that has left."""
-    if not dist.is_initialized():
-        return work()
-    result = error = None
-    try:
-        result = work() if not (alone and rank) else None
-    except (ValueError, OSError) as e:
-        error = e
-    exchange(dist.all_gather_object, found := [None] * world, (error, result if alone else None))
-    for error in (e for e, _ in found if e):
-        raise error
-    return found[0][1] if alone else result
+def agreed(work: Callable, alone: bool = False) -> Callable:
+    """The same function for all ranks to call, or if it is the first rank's `alone`, to be told what it returns there.
+    A ValueError or OSError of any rank is raised at all of them: none waits for one that has left."""
+
+    def work_of_all(*args, **options):
+        if not dist.is_initialized():
+            return work(*args, **options)
+        result = error = None
+        try:
+            result = work(*args, **options) if not (alone and rank) else None
+        except (ValueError, OSError) as e:
+            error = e
+        exchange(dist.all_gather_object, found := [None] * world, (error, result if alone else None))
+        for error in (e for e, _ in found if e):
+            raise error
+        return found[0][1] if alone else result
+
+    return work_of_all
 
 
 def exchange(collective: Callable, *args) -> None:

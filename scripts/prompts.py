@@ -104,7 +104,7 @@ def converse(engine, system, request):
     """A conversation until /exit; Ctrl-C stops an answer, /clear forgets. `system` is the messages that it begins with,
     `request` makes one of an entry of prompts."""
     history, context = system, engine.model.config.context
-    while (line := tp.agree(read_line, alone=True)) != "/exit":
+    while (line := tp.agreed(read_line, alone=True)()) != "/exit":
         history = system if line == "/clear" else history
         if line in ("", "/clear"):
             continue

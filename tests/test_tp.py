@@ -90,10 +90,10 @@ def work(folder: Path):
     complain = lambda who: lambda: generate.refuse(f"by {tp.rank}") if tp.rank == who else None
     for who, alone in ((0, True), (1, False)):
         try:
-            tp.agree(complain(who), alone)
+            tp.agreed(complain(who), alone)()
         except generate.InputError as error:
             found[f"refused by {who}"] = str(error)
-    found["read by"] = tp.agree(lambda: tp.rank, alone=True)
+    found["read by"] = tp.agreed(lambda: tp.rank, alone=True)()
     everyone = [None] * tp.world
     torch.distributed.all_gather_object(everyone, json.dumps(found))
     found["alike"] = len(set(everyone)) == 1
@@ -371,5 +371,6 @@ def download_tokenizer():
 
 
 if __name__ == "__main__":
+    tp.start()
     work(Path(sys.argv[1]))
     tp.leave(0)
