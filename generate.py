@@ -341,7 +341,8 @@ def parse_args(argv: list[str] | None = None, **own) -> argparse.Namespace:
         add(f"--{name}", type=type(default), default=default, help="see above (%(default)r)")
     args = p.parse_args(argv)
     args.device += f":{os.environ.get('LOCAL_RANK')}" if tp.world > 1 and args.device == "cuda" else ""
-    ranges = dict.fromkeys(("max_new_tokens", "top_k", "num_samples", "batch_size"), (1, 2**62))
+    counts = [name for name, default in own.items() if type(default) is int and default]
+    ranges = dict.fromkeys((*counts, "max_new_tokens", "top_k", "num_samples", "batch_size"), (1, 2**62))
     ranges |= {"prefill_chunk": (0, 2**62), "temperature": (0, 2**62), "top_p": (0, 1), "speculate_k": (1, 64)}
     for flag, (low, high) in ranges.items():
         if not low <= (value := getattr(args, flag)) <= high:

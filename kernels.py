@@ -160,14 +160,12 @@ def sdpa(q_BGTRD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, bias: Tensor, scale: f
     return y.unflatten(2, (-1, R))[:, :, :T]
 
 
-ATTENTION = (
-    "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pos, {}, float scale) -> Tensor"
-)
+ATTENTION = "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pos, {}) -> Tensor"
 like_attention = lambda q, *_: q.new_empty(*q.shape[:2], q[0, 0].numel())
 
 
-@opaque("attention" + ATTENTION.format("Tensor[] mask, bool exact"), like_attention)
-def attention(q, k, v, k_cache, v_cache, pos, mask, exact, scale):
+@opaque("attention" + ATTENTION.format("Tensor[] mask, float scale, bool exact"), like_attention)
+def attention(q, k, v, k_cache, v_cache, pos, mask, scale, exact):
     """One recipe for prefill, decode and verify."""
     write_cache(k, v, k_cache, v_cache, pos)
     sizes = min(len(q), 2), k_cache.shape[1], q.shape[3], q.shape[2] // k_cache.shape[1], q.dtype
@@ -178,7 +176,7 @@ def attention(q, k, v, k_cache, v_cache, pos, mask, exact, scale):
 def fast_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
     """Of one token a row, compiled for a CPU, a few loops that Inductor writes: there, calling an op costs more."""
     if q.shape[1] > 1 or q.device.type != "cpu" or not torch.compiler.is_compiling():
-        return attention(q, k, v, k_cache, v_cache, pos, mask, False, scale)
+        return attention(q, k, v, k_cache, v_cache, pos, mask, scale, False)
     write_cache(k, v, k_cache, v_cache, pos)
     k, v = (cache[:, :, None, : mask[0].shape[-1]].float() for cache in (k_cache, v_cache))
     scores = (q[:, 0].unflatten(1, (k.shape[1], -1)).unsqueeze(3).float() * k).sum(-1) * scale + mask[0][:, :, 0]
@@ -442,7 +440,7 @@ def window_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor,
     return mask_mod.window if pos_BT.is_cuda else dense_mask(mask_mod, pos_BT, span, heads_GR, dtype)
 
 
-@opaque("triton_attention" + ATTENTION.format("int window"), like_attention)
+@opaque("triton_attention" + ATTENTION.format("int window, float scale"), like_attention)
 def triton_attention(q, k, v, k_cache, v_cache, pos, window, scale):
     write_cache(k, v, k_cache, v_cache, pos)
     (B, T, H, D), (_, G, L, _), q, pos = q.shape, k_cache.shape, q.contiguous(), pos.contiguous()
@@ -471,7 +469,7 @@ BATCH_INVARIANT = Ops(
     rms_norm=lambda x, w, eps: (gpu_rms_norm if x.is_cuda else rms_norm)(x, w, eps),
     silu_mul=silu_mul,
     mask=window_mask,
-    attention=lambda q, *args: triton_attention(q, *args) if q.is_cuda else attention(q, *args[:-1], True, args[-1]),
+    attention=lambda q, *args: triton_attention(q, *args) if q.is_cuda else attention(q, *args, True),
     # On a GPU, a block of threads adds up a row by the alignment of its first number.
     log_softmax=lambda x: FAST.log_softmax(F.pad(x, (0, -x.shape[-1] % 4), value=-math.inf))[..., : x.shape[-1]],
     compile_options={"emulate_precision_casts": True},

@@ -313,8 +313,7 @@ def load_checkpoint(model: Transformer, directory: Path) -> None:
         expected = "U8" if f"{stem}zero" in shapes else "I8" if f"{stem}scale" in shapes else "BF16, F16 or F32"
         if got != shape or dtype not in expected:
             refuse(f"{directory}: tensor {name} is {dtype} {got}, expected {expected} {shape}")
+    quiet = tp.rank or not sys.stderr.isatty()
     for done, layer in enumerate(layers, start=1):
         model.nbytes += layer.load([slices[name][:] for name in layer.shapes])
-        sys.stderr.isatty() and not tp.rank and print(
-            f"loading {done}/{len(layers)}", end="\r\n"[done == len(layers)], file=sys.stderr
-        )
+        quiet or print(f"loading {done}/{len(layers)}", end="\r\n"[done == len(layers)], file=sys.stderr)

@@ -76,21 +76,17 @@ def report(engine, load_s, compile_s, as_json):
     if as_json:
         print(json.dumps({"stats": stats}), flush=True)
     limit = read_bandwidth(model.device) / 1e9  # only now: it takes memory
-    print(
-        f"{new} tokens: decode {decode:.1f} tokens/s, prefill {prefill:.0f} tokens/s, first token after {first:.2f} s",
-        file=sys.stderr,
-    )
+    say = lambda text: print(text, file=sys.stderr)
+    say(f"{new} tokens: decode {decode:.1f} tokens/s, prefill {prefill:.0f} tokens/s, first token after {first:.2f} s")
     share = f"{rate:.1f} GB/s, {rate / limit:.0%} of the {limit:.0f} GB/s that this machine reads"
-    print(
-        f"load {load_s:.1f} s, compile {compile_s:.1f} s, weights {model.nbytes / 1e9:.2f} GB at {share}",
-        file=sys.stderr,
-    )
+    say(f"load {load_s:.1f} s, compile {compile_s:.1f} s, weights {model.nbytes / 1e9:.2f} GB at {share}")
 
 
 def main():
     args = generate.parse_args(batches="1,4,16", runs=5)
-    with generate.refusing(f"--batches {args.batches} is no list such as 1,4,16", ValueError):
+    with generate.refusing("--batches is a list such as 1,4,16", ValueError):
         batches = [int(n) for n in args.batches.split(",")]
+        min(batches) > 0 or generate.refuse(args.batches)
     model, _ = generate.load(args)
     generate.set_up(model, args.compile, args.compile_prefill)
     limit = read_bandwidth(model.device)

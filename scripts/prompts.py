@@ -112,7 +112,8 @@ def converse(engine, system, request):
         with contextlib.suppress(KeyboardInterrupt):
             ids = engine.tokenizer.encode_chat(turns)
             if len(ids) > context:  # no reason to lose the conversation
-                tp.rank or print(f"{len(ids)} tokens do not fit {context}: /clear starts over", file=sys.stderr)
+                full = f"{len(ids)} tokens do not fit the context of {context}: /clear starts over"
+                tp.rank or print(full, file=sys.stderr)
                 continue
             for _, text in engine.generate([request({"id": "conversation", "prompt": line, "prompt_ids": ids})]):
                 answer += text

@@ -1,5 +1,5 @@
 """Tensor parallelism with gloo: several processes against one, bit for bit with --deterministic. Each number of
-processes is started once, by `pool`, and answers for all that its tests ask; this file is also what they run."""
+processes is started once, by `several`, and answers for all that its tests ask; this file is also what they run."""
 
 import json
 import os
