@@ -18,6 +18,7 @@ import quantize
 from kernels import BATCH_INVARIANT, FAST, add_leaves
 from model import InputError, ModelConfig, Transformer, load_checkpoint
 from quantize import Int4Linear, Int8Linear
+from tests.contract import HalfRight
 
 ROOT = Path(__file__).parent.parent
 ROWS = (1, 2, 3, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129, 257, 500)
@@ -291,6 +292,26 @@ def test_random_weights_are_quantized(tmp_path):
             generate.parse_args(["--random_weights", str(tmp_path / "config.json"), "--quantize", mode])
         )
         assert torch.isfinite(logits(model, IDS)).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_drafts_from_the_text_change_no_bits(tmp_path, mode, monkeypatch):
+    """And beside drafts of which some are right; the negative control is that all are accepted."""
+    model, words = load(directory(tmp_path / "m"), "--quantize", mode, "--deterministic"), generate.Tokenizer(None)
+    asked = [generate.Request(i, "", IDS[i : i + 9] * 2, max_new_tokens=40, temperature=0.3) for i in range(5)]
+
+    def answers(**speculation):
+        engine = generate.Engine(model, words, 2, 80, **speculation)
+        found = {c.request.id: (c.tokens, c.logprobs) for c, _ in engine.generate(asked) if c.finish_reason}
+        return found, engine.accept_counts
+
+    want, _ = answers()
+    found, counts = answers(propose=generate.prompt_lookup, k=3)
+    assert found == want and sum(counts)
+    found, counts = answers(propose=HalfRight(want), k=3)
+    assert found == want and counts[0] + counts[1] + counts[2] and sum(counts[1:])
+    monkeypatch.setattr(generate, "agreement", lambda a, b: len(a))
+    assert answers(propose=HalfRight(want), k=3)[0] != want
 
 
 @pytest.mark.parametrize("mode", [None, *MODES])

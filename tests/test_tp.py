@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_generate import needs_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -128,6 +129,8 @@ def folder(tmp_path_factory):
         tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"}}
         tokenizer |= {"pre_tokenizer": {"type": "Whitespace"}, "added_tokens": []}
         (folder / name / "tokenizer.json").write_text(json.dumps(tokenizer))
+        template = "{% for m in messages %}w7 {{ m['content'] }} {% endfor %}w9"
+        (folder / name / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
         shapes = model_module.Transformer(
             model_module.ModelConfig.from_file(folder / name / "config.json"),
             generate.FAST,
@@ -268,6 +271,33 @@ def test_shared_kv_heads_and_bad_input(folder, tmp_path):
     said = re.findall("^error: .*", refused, re.M)
     assert said == ["error: 2 processes cannot share this model, choose from 1"]
     assert refused.count("exitcode  : 2") == 2
+
+
+SPECULATION = {
+    "itself in int4, compiled": ["--draft_quantize", "int4", "--quantize", "int8", "--compile"],
+    "a whole model": ["--draft_checkpoint_path", "tied", "--speculate_k", "3"],
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("more", SPECULATION.values(), ids=SPECULATION)
+def test_drafts_in_a_chat_and_their_scores(folder, tmp_path, more):
+    """Two ranks, a batch of two and drafts, against one process with none of them, that does not compile; then both
+    score what was written."""
+    out, more = tmp_path / "out.jsonl", [folder / x if x == "tied" else x for x in more]
+    flags = ["--checkpoint_path", folder / "m", "--deterministic", "--json", "--max_new_tokens", "9", "--ignore_eos"]
+    asked = ["--chat", "--prompt", "w1 w2 w1 w2", "--prompt", "w3", "--num_samples", "2", "--seed", "5"]
+    plain = [x for x in ("--quantize", "int8") if x in more]
+    cut = torchrun("generate.py", *flags, *asked, *more, "--batch_size", "2", "--output", out)
+    found, errors = cut.communicate(timeout=300)
+    assert cut.returncode == 0, errors
+    command = [sys.executable, "generate.py", *map(str, flags + plain)]
+    one = lambda *more: lines(subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True).stdout)
+    want = one(*asked)
+    assert len(want) == 4 and lines(found) == want == lines(out.read_text())
+    assert one(*asked, "--seed", "6") != want
+    scored, errors = torchrun("generate.py", *flags, *plain, "--score", out).communicate(timeout=300)
+    assert lines(scored) == want == one("--score", str(out)), errors
 
 
 def test_two_nodes_and_a_conversation_of_files(folder, tmp_path):
