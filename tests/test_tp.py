@@ -4,6 +4,7 @@ processes is started once, by `several`, and answers for all that its tests ask;
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_generate import needs_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -279,7 +279,7 @@ SPECULATION = {
 }
 
 
-@needs_compiler
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 @pytest.mark.parametrize("more", SPECULATION.values(), ids=SPECULATION)
 def test_drafts_in_a_chat_and_their_scores(folder, tmp_path, more):
     """Two ranks, a batch of two and drafts, against one process with none of them, that does not compile; then both
