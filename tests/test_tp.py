@@ -28,6 +28,8 @@ CONFIG |= {"max_position_embeddings": 512, "rope_theta": 10000.0, "tie_word_embe
 CONFIG |= {"attention_bias": True, "mlp_bias": True}
 MODES = {"bf16": [], "fp32": ["--precision", "fp32"], "int8": ["--quantize", "int8"], "int4": ["--quantize", "int4"]}
 MODES |= {"stored": [], "tied": []}  # an int4 directory, a tied head
+FEW = "int8, 4 KV heads"  # which four ranks share with one leaf each, eight not at all
+MODES |= {FEW: ["--quantize", "int8"]}
 HEADS, LAYERS, DIM, VOCAB = 16, 2, 256, 384
 
 
@@ -43,7 +45,8 @@ def flags_of(folder, mode, exact):
     """Of generate.py, for random weights, for a quantized directory or for a tied head."""
     flags = [] if mode in ("stored", "tied") else MODES[mode]
     name = {"stored": "m-int4-g32", "tied": "tied"}.get(mode)
-    path = ["--checkpoint_path", folder / name] if name else ["--random_weights", folder / "config.json"]
+    shape = folder / ("few.json" if mode == FEW else "config.json")
+    path = ["--checkpoint_path", folder / name] if name else ["--random_weights", shape]
     return [*map(str, [*flags, *path]), "--device", "cpu", *["--deterministic"] * exact]
 
 
@@ -71,7 +74,7 @@ def load(folder, mode, exact, ranks=None):
 def work(folder: Path):
     """What each process does: all answers, and what the negative control and the counters say."""
     found = {}
-    for mode in MODES:
+    for mode in [mode for mode in MODES if mode != FEW or tp.world <= 4]:
         for exact in (True, False):
             found[f"{mode} {exact}"] = answers(load(folder, mode, exact))
     found["logits"] = logits(load(folder, "fp32", False)).tolist()
@@ -121,6 +124,7 @@ def folder(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tp")
     (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "few.json").write_text(json.dumps(CONFIG | {"num_key_value_heads": 4}))
     for name in ("m", "tied"):
         (folder / name).mkdir()
         config = CONFIG | {"tie_word_embeddings": name == "tied"}
@@ -169,7 +173,9 @@ def several(request, folder):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_ranks_change_no_bits(one, several, mode):
-    several, _ = several
+    several, n = several
+    if mode == FEW and n > 4:
+        pytest.skip("refused")
     want = one[f"{mode} True"]["alone"]
     for kind, found in several[f"{mode} True"].items():
         assert found == want, kind
