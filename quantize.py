@@ -31,7 +31,7 @@ class Int8Linear(Packed):
         self.places = torch.eye(self.parts, dtype=torch.int8)[:, :, None]
 
     def products(self, codes: Tensor, op=torch.ops.onednn.qlinear_pointwise.default) -> Tensor:
-        return op(codes, 1.0, 0, self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        return op(codes, 1.0, 128, self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], "")
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.fast and x.shape[:-1].numel() >= 64 and not torch.compiler.is_compiling():
@@ -44,6 +44,7 @@ class Int8Linear(Packed):
         codes = (torch.addcmul(x_G, x_G.round(), self.minus) * self.times).round().to(torch.int8)
         if self.parts > 1:  # rows that are zero outside one leaf
             codes = (codes.unsqueeze(-2) * self.places).flatten(-2)
+        codes = codes.view(torch.uint8) ^ 128  # plus 128: without AMX, oneDNN is very slow at signed ones
         sums = opaque_linear(codes.flatten(0, -2), self.handle, self.out_features, torch.float32)
         high, low = sums.view(*codes.shape[:-1], -1).unbind(-3)
         y = add_leaves((high + low * (1 / 254)) * step, self.bias)
