@@ -1,32 +1,28 @@
-"""Text from an open-weight language model: arguments, tokenizer, chat, sampling, the generate() iterator, printing."""
+"""Text from an open-weight language model: arguments, sampling, speculation, the generate() iterator, printing."""
 
 import argparse
 import contextlib
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
 import quantize
 import tp
 from kernels import BATCH_INVARIANT, FAST
-from model import InputError, ModelConfig, Transformer, load_checkpoint, read_json, refuse, refusing
+from model import InputError, ModelConfig, Transformer, load_checkpoint, refuse, refusing
 from scripts import bench, download, prompts
-from scripts.prompts import Request, make_requests, message, read_requests, resume
+from scripts.prompts import Request, Tokenizer, make_requests, message, read_requests, resume
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LINE = "id sample prompt prompt_ids text tokens logprobs finish_reason prompt_tokens seed".split()  # of --json
 WORD = 0xFFFFFFFF
 agreement = lambda a, b: [*map(int.__eq__, a, b), False].index(False)  # how many ids two texts begin with alike
-say = lambda *words, **options: tp.rank or print(*words, file=sys.stderr, flush=True, **options)
 
 
 def mix(x):
@@ -76,8 +72,6 @@ class Sampler:
         """Tokens [N] for absolute positions from fp32 logits, N / B for each row in turn: the argmax of logits
         / temperature + Gumbel noise over the ids that top-k, then top-p keep, the lowest id on a tie."""
         values, ids = top(logits_NV, self.k)
-        if self.k == 1:
-            return ids[:, 0]
         temperature_N1, top_k_N1, top_p_N1, key_N2 = (x.repeat_interleave(len(pos_N) // len(x), 0) for x in self.rows)
         scaled = (values - values[:, :1]) / temperature_N1
         keep = torch.arange(ids.shape[1], device=ids.device) < top_k_N1
@@ -87,57 +81,6 @@ class Sampler:
             keep = keep & ((upto - weight < top_p_N1 * upto[:, -1:]) | (top_p_N1 == 1))
         score = torch.where(keep, scaled + gumbel(key_N2, pos_N, ids), float("-inf"))
         return torch.where(score == score.amax(-1, keepdim=True), ids, logits_NV.shape[-1]).amin(-1)
-
-
-class Tokenizer:
-    """Text to ids and back, end ids and chat template of a checkpoint directory; of None (random weights), no text."""
-
-    def __init__(self, directory: Path | None):
-        if directory is None:
-            self.eos_ids, self.decode, self.vocab = set(), lambda ids: "", dict
-            self.encode = lambda text: refuse("random weights have no tokenizer: give --prompt a number of tokens")
-            return
-        self.settings = read_json(directory / "tokenizer_config.json", {})
-        config = read_json(directory / "config.json", {}) | read_json(directory / "generation_config.json", {})
-        eos = config.get("eos_token_id")
-        self.eos_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
-        jinja, given = directory / "chat_template.jinja", self.settings.get("chat_template")
-        given = {t["name"]: t["template"] for t in given}.get("default") if isinstance(given, list) else given
-        self.template = jinja.read_text() if jinja.exists() else given
-        with refusing(f"{directory}: expected a readable tokenizer.json or tokenizer.model", Exception):
-            if (directory / "tokenizer.json").exists():
-                import tokenizers
-
-                hf = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-                self.encode, decode = lambda text, bos=True: hf.encode(text, add_special_tokens=bos).ids, hf.decode
-                self.vocab = hf.get_vocab
-            else:
-                from sentencepiece import SentencePieceProcessor
-
-                sp = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
-                special = {t["content"]: int(i) for i, t in self.settings.get("added_tokens_decoder", {}).items()}
-                special |= {sp.id_to_piece(i): i for i in range(len(sp)) if sp.is_control(i)}
-                marks = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
-                self.vocab = lambda: {sp.id_to_piece(i): i for i in range(len(sp))} | special
-                add_bos = self.settings.get("add_bos_token", True) and sp.bos_id() >= 0
-                ids_of = lambda part: [special[part]] if part in special else sp.encode(part)
-                chat = lambda text: sum(map(ids_of, marks.split(text)), [])
-                # In a plain prompt, what looks like a special token is text.
-                self.encode = lambda text, bos=True: sp.encode(text, add_bos=add_bos) if bos else chat(text)
-                decode = lambda ids: sp.decode([i for i in ids if i < len(sp)])
-            lead = self.encode("a", bos=False)  # decoders may drop the space before the first word: another goes first
-            known = len(decode(lead))
-        self.decode = lambda ids: decode(lead + ids)[known:]
-
-    def encode_chat(self, messages: list[dict]) -> list[int]:
-        """Ids of a conversation, ready for the next answer, by the checkpoint's template: untrusted code, sandboxed."""
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        env.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-        tokens = {n: self.settings.get(n) or "" for n in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        tokens = {n: token["content"] if isinstance(token, dict) else token for n, token in tokens.items()}
-        with refusing("the chat template failed", Exception):  # whatever a template can do wrong
-            template = env.from_string(self.template or refuse("this checkpoint has none"))
-            return self.encode(template.render(tokens, messages=messages, add_generation_prompt=True), bos=False)
 
 
 class Completion:
@@ -369,10 +312,10 @@ def load(args: argparse.Namespace, ranks: int = tp.world) -> tuple[Transformer, 
         args.device.startswith("cuda:") and torch.cuda.set_device(args.device)  # where Triton launches its kernels
     directory, shape = args.checkpoint_path or download.DEFAULT, args.random_weights
     if not (shape or args.checkpoint_path or directory.exists()):
-        say(f"{directory} is missing, fetching it")
+        tp.say(f"{directory} is missing, fetching it")
         with refusing("the default checkpoint cannot be had", ValueError, ImportError):
             download.fetch(directory)
-    config = ModelConfig.from_file(shape or directory / "config.json").quantized(args.quantize, args.group_size)
+    config = ModelConfig.from_file(shape or directory / "config.json", args.quantize, args.group_size)
     tokenizer, ops = Tokenizer(None if shape else directory), BATCH_INVARIANT if args.deterministic else FAST
     model = Transformer(config, ops, torch.device(args.device), PRECISIONS[args.precision], ranks)
     bench.randomize(model) if shape else load_checkpoint(model, directory)
@@ -387,7 +330,8 @@ def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> N
     if compile_prefill:
         model.prefill_stack = torch.compile(model.stack, options=options, dynamic=True, **kept)
     if compile_decode:
-        options = options | {"triton.cudagraphs": model.device.type == "cuda"}
+        dense = model.config.n_experts == 1  # a graph would have to ask which experts are chosen
+        options = options | {"triton.cudagraphs": model.device.type == "cuda" and dense}
         model.decode_stack, model.verify_stack = (torch.compile(model.stack, options=options, **kept) for _ in range(2))
 
 
@@ -407,6 +351,7 @@ def build(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, le
     k = args.speculate_k if propose else k
     engine = Engine(model, tokenizer, args.batch_size, length, args.prefill_chunk, propose, k)
     if args.compile or args.compile_prefill or args.deterministic:
+        tp.progress("compiling" if args.compile or args.compile_prefill else "probing")
         with torch.inference_mode():
             engine.prefill([0] * 5, 0)
             for width in sorted({1, k + 1}) * 3:  # as often as CUDA graphs need to be recorded
@@ -422,6 +367,7 @@ def run(engine: Engine, requests: list[Request], args: argparse.Namespace) -> No
         for completion, text in engine.generate(requests):
             done, lead = completion.finish_reason, "" if args.chat else completion.request.prompt
             if read := completion.request.line:
+                tp.progress("scoring", completion.request.id, end="\r")
                 completion.logprobs = engine.score(read["prompt_ids"], read["tokens"])
             if done:
                 print(completion.json(), file=file, flush=True)
@@ -455,11 +401,12 @@ def command(main: Callable) -> None:
         tp.start()
         status = main() or 0
     except (InputError, OSError, UnicodeError) as e:
-        say("error:", *str(e).split())
+        tp.say("error:", *str(e).split())
         status = 2
     except KeyboardInterrupt:
         status = 130
-    tp.leave(status)
+    sys.stdout.flush(), sys.stderr.flush()
+    (os._exit if tp.world > 1 else sys.exit)(status)  # of several ranks, gloo's threads may abort an orderly end
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 T new tokens, D dim, H heads, V vocabulary, N x K a weight."""
 
 import contextlib
+import functools
 import json
 import math
-import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -14,15 +14,19 @@ from torch import Tensor, nn
 
 import quantize
 import tp
-from kernels import Ops, causal, leaf_count, sliding_window
+from kernels import Ops, Packed, causal, leaf_count, opaque_linear, sliding_window
 
 # What sets a family apart, as entries of its config.json, and the settings that a kind of rope scaling needs.
 FAMILIES = {"LlamaForCausalLM": {"use_sliding_window": False}, "MistralForCausalLM": {"use_sliding_window": True}}
 FAMILIES |= {"Qwen2ForCausalLM": {"qkv_bias": True}, "Qwen3ForCausalLM": {"qk_norm": True}}
+FAMILIES |= {"Qwen3MoeForCausalLM": FAMILIES["Qwen3ForCausalLM"], "MixtralForCausalLM": {"norm_topk_prob": True}}
+FAMILIES["MixtralForCausalLM"] |= {"use_sliding_window": True, "ffn_names": ["block_sparse_moe", "w1", "w3", "w2"]}
 ROPE_TYPES = {"default": (), "linear": ("factor",)}
 ROPE_TYPES["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 SUPPORTED = {"architectures": FAMILIES, "hidden_act": ["silu"], "rope_type": ROPE_TYPES, "partial_rotary_factor": [1]}
 SUPPORTED |= {"quantization mode": [None, *quantize.LINEARS], "group_size": (32, 64, 128)}
+DEFAULTS = {"hidden_act": "silu", "partial_rotary_factor": 1, "rms_norm_eps": 1e-6, "num_experts_per_tok": 1}
+DEFAULTS["ffn_names"] = ["mlp", "gate_proj", "up_proj", "down_proj"]
 KVCache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, n_kv_heads, length, head_dim]
 called = lambda name: field(metadata={"name": name})  # by config.json, where that has another name for it
 whole_blocks = lambda length: -(-length // 64) * 64  # keys, whose products oneDNN computes faster in whole blocks
@@ -62,6 +66,10 @@ class ModelConfig:
     n_kv_heads: int = called("num_key_value_heads")
     head_dim: int
     ffn_dim: int = called("intermediate_size")
+    n_experts: int = called("num_experts")  # 1: a dense model
+    experts_per_token: int = called("num_experts_per_tok")
+    norm_topk_prob: bool  # whether the weights of a token's experts add up to 1
+    ffn_names: list[str]  # of the checkpoint: the block, gate, up and down
     context: int = called("max_position_embeddings")
     tied: bool = called("tie_word_embeddings")
     qkv_bias: bool
@@ -75,17 +83,12 @@ class ModelConfig:
     group_size: int  # weights of int4 that share a scale
     stored: bool = called("quantization mode")
 
-    def quantized(self, mode: str | None, group_size: int) -> "ModelConfig":
-        """The same for a model that is quantized while loading; raises InputError if it is quantized already."""
-        if mode and self.mode:
-            refuse(f"the checkpoint is {self.mode} already")
-        return replace(self, mode=mode, group_size=group_size) if mode else self
-
     @classmethod
-    def from_file(cls, path: Path) -> "ModelConfig":
-        """Read a Hugging Face config.json; raises InputError naming what is missing, wrong or not supported."""
+    def from_file(cls, path: Path, mode: str | None = None, group_size: int = 32) -> "ModelConfig":
+        """Read a Hugging Face config.json, of a model that is quantized while loading if a `mode` is given; raises
+        InputError naming what is missing, wrong or not supported."""
         given = {name: value for name, value in read_json(path).items() if value is not None}
-        raw = {"hidden_act": "silu", "partial_rotary_factor": 1, "rms_norm_eps": 1e-6} | given
+        raw = DEFAULTS | {"num_experts": given.get("num_local_experts", 1)} | given
         fits = lambda value: type(value) is int and value > 0
         size = lambda name: raw[name] if fits(raw[name]) else refuse(f"{name} is {raw[name]}, expected an integer > 0")
         with refusing(str(path), LookupError, TypeError, AttributeError, ArithmeticError, ValueError):
@@ -98,6 +101,7 @@ class ModelConfig:
                 if raw[name] not in choices:
                     refuse(f"{name} {raw[name]} is not supported, choose from {', '.join(map(str, choices))}")
             raw |= {"qkv_bias": raw.get("attention_bias")} | FAMILIES[raw["architectures"]]
+            raw |= {"intermediate_size": raw.get("moe_intermediate_size", raw["intermediate_size"])}
             n_heads, n_layers = size("num_attention_heads"), size("num_hidden_layers")
             raw = {"num_key_value_heads": n_heads, "head_dim": size("hidden_size") // n_heads} | raw
             # Without layer_types, a Qwen config names the first layer that slides; in a Mistral every layer does.
@@ -110,7 +114,11 @@ class ModelConfig:
             rope_table(config, 1)  # raises for settings that are missing or wrong
             if n_heads % config.n_kv_heads or config.head_dim % 2 or len(slides) != n_layers:
                 refuse("expected KV heads that divide the heads, an even head_dim and a layer_type for each layer")
-            return config
+            if config.experts_per_token > config.n_experts:
+                refuse(f"{config.experts_per_token} experts a token, expected at most the {config.n_experts} there are")
+            if mode and config.mode:
+                refuse(f"the checkpoint is {config.mode} already")
+            return replace(config, mode=mode, group_size=group_size) if mode else config
 
 
 def rope_table(config: ModelConfig, length: int) -> Tensor:
@@ -139,11 +147,12 @@ class Layer(nn.Module):
 
 class Linear(Layer):
     """y = x W^T + b of the checkpoint layers of one input, stacked. Ranks share the outputs, in whole units, or where
-    `axis` is 1 the inputs: there, sums are made of leaves."""
+    `axis` is 1 the inputs: there, sums are made of leaves. A `router` is whole at every rank, and never quantized."""
 
-    def __init__(self, model: "Transformer", parts: dict[str, int], in_features: int, bias: bool, axis=0, unit=1):
+    def __init__(self, model, parts: dict[str, int], in_features: int, bias: bool, axis=0, unit=1, router=False):
         config = model.config
-        mode = "int8" if config.mode and "lm_head" in parts else config.mode  # int4 would be no faster there on a CPU
+        # In a head, int4 would be no faster on a CPU.
+        mode = None if router else config.mode and "int8" if "lm_head" in parts else config.mode
         if mode == "int4" and in_features % config.group_size:
             refuse(f"group_size {config.group_size} does not divide {in_features} inputs, choose from 32, 64, 128")
         kinds = quantize.parts(mode if config.stored else None, torch.zeros(1, in_features), config.group_size)
@@ -154,6 +163,7 @@ class Linear(Layer):
         self.mode, self.kinds, multiple = mode, list(kinds), config.group_size if mode == "int4" else 32
         self.leaves = leaf_count(config.n_kv_heads, in_features, multiple) if axis else 1
         self.axis, self.unit, self.split = axis, unit, axis == 1 and self.ranks > 1
+        self.dtype = torch.float32 if router else self.dtype
 
     def load(self, tensors: list[Tensor]) -> int:
         # Each checkpoint layer has the same kinds in turn; to stack them makes a copy, outside the file.
@@ -190,25 +200,21 @@ class Embedding(Layer):
     lie in the mapped file, one a token, so the only copy of a tied table in memory is the one packed for the head."""
 
     def load(self, tensors: list[Tensor]) -> int:
-        rows = tp.part(tensors[0], 0, self.ranks)
-        self.weight = rows if self.device.type == "cpu" else rows.to(self.device, self.dtype)
-        head = lambda: quantize.parts("int8" if self.config.mode else None, self.weight.to(self.dtype), 0)
-        self.packed = quantize.pack(self.ops, **head()) if self.config.tied else None
+        self.weight = tensors[0] if self.device.type == "cpu" else tensors[0].to(self.device, self.dtype)
+        rows, mode = tp.part(self.weight, 0, self.ranks), self.config.mode and "int8"
+        head = lambda: quantize.pack(self.ops, **quantize.parts(mode, rows.to(self.dtype), 0))
+        self.packed = head() if self.config.tied else None
         return self.packed.nbytes if self.packed else 0
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        if self.ranks == 1:
-            return nn.functional.embedding(tokens_BT, self.weight).to(self.dtype)
-        rows_BT = tokens_BT - tp.rank * len(self.weight)
-        own_BT = (rows_BT >= 0) & (rows_BT < len(self.weight))
-        return tp.all_reduce(nn.functional.embedding(rows_BT * own_BT, self.weight).to(self.dtype) * own_BT[..., None])
+        return nn.functional.embedding(tokens_BT, self.weight).to(self.dtype)
 
     def as_head(self, x: Tensor) -> Tensor:
         return self.ops.linear(x, self.packed)
 
 
 class Attention(Layer):
-    """Grouped-query attention with rotary positions, over a KV cache; like FeedForward, of norm(x), and added to x."""
+    """Grouped-query attention with rotary positions, over a KV cache, of norm(x) and added to x."""
 
     def __init__(self, model: "Transformer", prefix: str):
         super().__init__(model)
@@ -231,17 +237,47 @@ class Attention(Layer):
 
 
 class FeedForward(Layer):
-    """x + SwiGLU(norm(x)), where SwiGLU is down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
     def __init__(self, model: "Transformer", prefix: str):
         super().__init__(model)
-        dim, ffn_dim, bias = model.config.dim, model.config.ffn_dim, model.config.ffn_bias
-        self.norm = RMSNorm(model, {f"{prefix}.post_attention_layernorm.weight": (dim,)})
-        self.gate_up = Linear(model, {f"{prefix}.mlp.{x}_proj": ffn_dim for x in ("gate", "up")}, dim, bias)
-        self.down = Linear(model, {f"{prefix}.mlp.down_proj": dim}, ffn_dim, bias, axis=1)
+        config, bias = model.config, model.config.ffn_bias and model.config.n_experts == 1  # experts have none
+        gate, up, down = (f"{prefix}.{name}" for name in config.ffn_names[1:])
+        self.gate_up = Linear(model, {gate: config.ffn_dim, up: config.ffn_dim}, config.dim, bias)
+        self.down = Linear(model, {down: config.dim}, config.ffn_dim, bias, axis=1)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD + self.down(self.ops.silu_mul(self.gate_up(self.norm(x_BTD))))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.ops.silu_mul(self.gate_up(x)))
+
+
+class Mixture(Layer):
+    """Of feed-forward experts (Shazeer et al. 2017): the sum of those k that a router finds likeliest for a token, of a
+    tie the first, times their probabilities. A graph sees one opaque op."""
+
+    def __init__(self, model: "Transformer", prefix: str):
+        super().__init__(model)
+        n, self.handle = model.config.n_experts, next(Packed.handles)
+        self.router = Linear(model, {f"{prefix}.gate": n}, model.config.dim, False, unit=n, router=True)
+        self.experts = nn.ModuleList(FeedForward(model, f"{prefix}.experts.{i}") for i in range(n))
+        Packed.table[self.handle] = self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return opaque_linear(x, self.handle, self.config.dim, torch.float32)
+
+    def products(self, x_BTD: Tensor) -> Tensor:
+        """Only experts that are chosen are read, each once for all its tokens. K experts a token."""
+        add_up = lambda y_BTK: functools.reduce(torch.add, y_BTK.unbind(2))
+        likeliest = self.router(x_BTD.float()).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        probs_BTK, chosen_BTK = (z[..., : self.config.experts_per_token] for z in likeliest)
+        if self.config.norm_topk_prob:
+            probs_BTK = probs_BTK / add_up(probs_BTK)[..., None]
+        y_BTKD = x_BTD.new_empty(*chosen_BTK.shape, self.config.dim, dtype=torch.float32)
+        for i in chosen_BTK.unique().tolist():
+            at, expert = (chosen_BTK == i).nonzero(as_tuple=True), self.experts[i]
+            y_BTKD[at] = self.ops.linear(self.ops.silu_mul(expert.gate_up(x_BTD[at[:2]])), expert.down.packed).float()
+        weigh = lambda y_BTKD: add_up(y_BTKD * probs_BTK[..., None])
+        over_ranks = lambda y: tp.add_up(y, None, self.ops.exact) if self.ranks > 1 else y
+        return weigh(over_ranks(y_BTKD)) if self.ops.exact else over_ranks(weigh(y_BTKD))  # which sends less
 
 
 class Transformer(nn.Module):
@@ -258,7 +294,10 @@ class Transformer(nn.Module):
         self.embed = Embedding(self, {"model.embed_tokens.weight": (config.vocab_size, config.dim)})
         self.head = None if config.tied else Linear(self, {"lm_head": config.vocab_size}, config.dim, bias=False)
         prefixes = [f"model.layers.{i}" for i in range(config.n_layers)]
-        self.layers = nn.ModuleList(nn.ModuleList((Attention(self, p), FeedForward(self, p))) for p in prefixes)
+        norm = lambda prefix: RMSNorm(self, {f"{prefix}.post_attention_layernorm.weight": (config.dim,)})
+        ffn = FeedForward if config.n_experts == 1 else Mixture
+        parts = lambda prefix: (Attention(self, prefix), norm(prefix), ffn(self, f"{prefix}.{config.ffn_names[0]}"))
+        self.layers = nn.ModuleList(nn.ModuleList(parts(prefix)) for prefix in prefixes)
         self.norm = RMSNorm(self, {"model.norm.weight": (config.dim,)})
         self.rope = rope_table(config, config.context + 64).to(device)  # drafts may reach beyond the end
         self.mask_mods = {w: causal if w is None else sliding_window(w) for w in set(config.windows)}
@@ -283,8 +322,9 @@ class Transformer(nn.Module):
         """Every layer and the head: all that torch.compile gets to see."""
         # Sums over layers stay in fp32: cheap, and it takes away much of what rounding to half precision costs.
         x_BTD, (cos, sin) = self.embed(tokens_BT).float(), self.rope[pos_BT].unsqueeze(2).unbind(3)
-        for (attention, ffn), window, kv in zip(self.layers, self.config.windows, cache, strict=True):
-            x_BTD = ffn(attention(x_BTD, cos, sin, pos_BT, masks[window], *kv))
+        for (attention, norm, ffn), window, kv in zip(self.layers, self.config.windows, cache, strict=True):
+            x_BTD = attention(x_BTD, cos, sin, pos_BT, masks[window], *kv)
+            x_BTD = x_BTD + ffn(norm(x_BTD))
         x_BTD = self.norm(x_BTD[:, -1:] if last else x_BTD)
         logits_BTV = (self.head or self.embed.as_head)(x_BTD).float()
         return tp.all_gather(logits_BTV).movedim(0, -2).flatten(-2) if self.ranks > 1 else logits_BTV
@@ -313,7 +353,6 @@ def load_checkpoint(model: Transformer, directory: Path) -> None:
         expected = "U8" if f"{stem}zero" in shapes else "I8" if f"{stem}scale" in shapes else "BF16, F16 or F32"
         if got != shape or dtype not in expected:
             refuse(f"{directory}: tensor {name} is {dtype} {got}, expected {expected} {shape}")
-    quiet = tp.rank or not sys.stderr.isatty()
     for done, layer in enumerate(layers, start=1):
         model.nbytes += layer.load([slices[name][:] for name in layer.shapes])
-        quiet or print(f"loading {done}/{len(layers)}", end="\r\n"[done == len(layers)], file=sys.stderr)
+        tp.progress(f"loading {done}/{len(layers)}", end="\r\n"[done == len(layers)])

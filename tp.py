@@ -3,15 +3,14 @@ cut along which axis, so that a block needs two sums over ranks and no other exc
     q, k, v    outputs, by heads; ranks share a KV head where there are more ranks than those
     gate, up   outputs
     o, down    inputs: the products of ranks are added
-    embedding  rows, by vocabulary: all ranks but one add zeros
     head       outputs, by vocabulary: logits are gathered whole
-Norms, caches of a rank's own heads, sampling and all else run at every rank alike."""
+Norms, caches of a rank's own heads, sampling and all else run at every rank alike; the embedding, of which a token
+reads one row, is whole at each."""
 
 import datetime
 import math
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -21,7 +20,8 @@ from torch import Tensor
 from kernels import add_leaves, leaf_count, opaque
 
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-sent = Counter()  # bytes by this rank, if messages go around a ring, by name of the exchange
+say = lambda *words, **options: rank or print(*words, file=sys.stderr, flush=True, **options)
+progress = lambda *words, **options: sys.stderr.isatty() and say(*words, **options)
 
 
 def start() -> None:
@@ -30,12 +30,6 @@ def start() -> None:
         sys.stdout = open(os.devnull, "w") if rank else sys.stdout
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # as long as a user may think
-
-
-def leave(status: int) -> None:
-    """Exit; of several ranks at once, as gloo's threads may abort an orderly end."""
-    sys.stdout.flush(), sys.stderr.flush()
-    (os._exit if world > 1 else sys.exit)(status)
 
 
 def degrees(config, exact: bool) -> list[int]:
@@ -85,7 +79,6 @@ def exchange(collective: Callable, *args) -> None:
 @opaque("all_reduce(Tensor x) -> Tensor", torch.empty_like)
 def all_reduce(x: Tensor) -> Tensor:
     """The sum over ranks, in any order."""
-    sent["all_reduce"] += 2 * x.nbytes * (world - 1) // world
     exchange(dist.all_reduce, x := x.clone())
     return x
 
@@ -93,7 +86,6 @@ def all_reduce(x: Tensor) -> Tensor:
 @opaque("all_gather(Tensor x) -> Tensor", lambda x: x.new_empty(world, *x.shape))
 def all_gather(x: Tensor) -> Tensor:
     """[world, *x.shape]: the collective moves numbers and adds none."""
-    sent["all_gather"] += x.nbytes * (world - 1)
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
     exchange(gather, y := x.new_empty(world * len(x), *x.shape[1:]), x.contiguous())
     return y.view(world, *x.shape)

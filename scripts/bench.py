@@ -99,16 +99,10 @@ def main():
         _, decode, _ = measure(generate, model, batch_size, CONTEXT, NEW, args.runs)
         rate = model.nbytes * decode / batch_size  # each step reads all weights and gives every row a token
         print(f"| {batch_size} | {prefill:.0f} | {first:.2f} | {decode:.1f} | {rate / 1e9:.1f} | {rate / limit:.0%} |")
-    if tp.world > 1:
-        tp.sent.clear()
-        with torch.inference_mode():
-            model(*torch.zeros(2, 1, 1, dtype=torch.int64), model.new_cache(1, 1), 1)
-        print(f"\nEach of {tp.world} ranks sends for a token, in bytes: {dict(tp.sent)}")
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import generate
-    import tp
 
     generate.command(main)

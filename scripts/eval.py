@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate  # noqa: E402
+import tp  # noqa: E402
 
 
 def score(engine, ids: list[int], first: int) -> tuple[list[float], bool]:
@@ -24,8 +25,8 @@ def log_likelihood(engine, ids: list[int], window: int, stride: int) -> float:
     for end in [*range(window, len(ids), stride), len(ids)]:
         total += math.fsum(engine.score(ids[max(end - window, 0) : done], ids[done:end]))
         done = end
-        generate.say(f"\r{done}/{len(ids)}: perplexity {math.exp(-total / (done - 1)):.4f}", end="")
-    generate.say()
+        tp.progress(f"\r{done}/{len(ids)}: perplexity {math.exp(-total / (done - 1)):.4f}", end="")
+    tp.progress()
     return total
 
 
@@ -50,12 +51,8 @@ def adapter(engine):
             known, whole = encode(before.rstrip()), encode(before + text)  # a token of the text may begin with a space
             known, whole = (known, whole) if known else ([eos], [eos, *whole])
             first = max(len(known) - max(len(whole) - context, 0), 1)
-            ids, both = (
-                whole[-context:],
-                lambda x, ids: zip(engine.logprobs(x, ids), x.argmax(-1) == ids, strict=True),
-            )
-            logprobs, likeliest = zip(*engine.score(ids[:first], ids[first:], both), strict=True)
-            return math.fsum(logprobs), all(likeliest)
+            logprobs, likeliest = score(engine, whole[-context:], first)
+            return math.fsum(logprobs), likeliest
 
         def loglikelihood(self, requests):
             return [self.one(*request.args) for request in requests]

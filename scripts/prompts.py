@@ -1,17 +1,21 @@
-"""What is asked for: requests from the flags of generate.py, from files, and from a conversation in the terminal."""
+"""What is asked for: the tokenizer, requests from the flags of generate.py and from files, a conversation."""
 
 import contextlib
 import json
 import os
+import re
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import tp
-from model import ModelConfig, refuse, refusing
+from model import ModelConfig, read_json, refuse, refusing
 
 message = lambda role, text: {"role": role, "content": text}
 
@@ -34,6 +38,57 @@ class Request:
     line: dict | None = None  # of --score, to be printed again
 
 
+class Tokenizer:
+    """Text to ids and back, end ids and chat template of a checkpoint directory; of None (random weights), no text."""
+
+    def __init__(self, directory: Path | None):
+        if directory is None:
+            self.eos_ids, self.decode, self.vocab = set(), lambda ids: "", dict
+            self.encode = lambda text: refuse("random weights have no tokenizer: give --prompt a number of tokens")
+            return
+        self.settings = read_json(directory / "tokenizer_config.json", {})
+        config = read_json(directory / "config.json", {}) | read_json(directory / "generation_config.json", {})
+        eos = config.get("eos_token_id")
+        self.eos_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
+        jinja, given = directory / "chat_template.jinja", self.settings.get("chat_template")
+        given = {t["name"]: t["template"] for t in given}.get("default") if isinstance(given, list) else given
+        self.template = jinja.read_text() if jinja.exists() else given
+        with refusing(f"{directory}: expected a readable tokenizer.json or tokenizer.model", Exception):
+            if (directory / "tokenizer.json").exists():
+                import tokenizers
+
+                hf = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+                self.encode, decode = lambda text, bos=True: hf.encode(text, add_special_tokens=bos).ids, hf.decode
+                self.vocab = hf.get_vocab
+            else:
+                from sentencepiece import SentencePieceProcessor
+
+                sp = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+                special = {t["content"]: int(i) for i, t in self.settings.get("added_tokens_decoder", {}).items()}
+                special |= {sp.id_to_piece(i): i for i in range(len(sp)) if sp.is_control(i)}
+                marks = re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+                self.vocab = lambda: {sp.id_to_piece(i): i for i in range(len(sp))} | special
+                add_bos = self.settings.get("add_bos_token", True) and sp.bos_id() >= 0
+                ids_of = lambda part: [special[part]] if part in special else sp.encode(part)
+                chat = lambda text: sum(map(ids_of, marks.split(text)), [])
+                # In a plain prompt, what looks like a special token is text.
+                self.encode = lambda text, bos=True: sp.encode(text, add_bos=add_bos) if bos else chat(text)
+                decode = lambda ids: sp.decode([i for i in ids if i < len(sp)])
+            lead = self.encode("a", bos=False)  # decoders may drop the space before the first word: another goes first
+            known = len(decode(lead))
+        self.decode = lambda ids: decode(lead + ids)[known:]
+
+    def encode_chat(self, messages: list[dict]) -> list[int]:
+        """Ids of a conversation, ready for the next answer, by the checkpoint's template: untrusted code, sandboxed."""
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        env.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+        tokens = {n: self.settings.get(n) or "" for n in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        tokens = {n: token["content"] if isinstance(token, dict) else token for n, token in tokens.items()}
+        with refusing("the chat template failed", Exception):  # whatever a template can do wrong
+            template = env.from_string(self.template or refuse("this checkpoint has none"))
+            return self.encode(template.render(tokens, messages=messages, add_generation_prompt=True), bos=False)
+
+
 def make_requests(args, config: ModelConfig, tokenizer, entry: dict) -> list[Request]:
     """The samples of a prompt: its ids are given, random or its text's. Raises InputError."""
     text, ids = entry["prompt"], entry.get("prompt_ids")
@@ -49,9 +104,7 @@ def make_requests(args, config: ModelConfig, tokenizer, entry: dict) -> list[Req
         refuse(f"{name} has {len(ids)} tokens, expected {expected}")
     settings = {f.name: getattr(args, f.name) for f in fields(Request) if hasattr(args, f.name)} | entry
     if settings["max_new_tokens"] > room:
-        tp.rank or print(
-            f"warning: {name} meets the context of {config.context} after {room} new tokens", file=sys.stderr
-        )
+        tp.say(f"warning: {name} meets the context of {config.context} after {room} new tokens")
     settings |= {"prompt_ids": ids, "max_new_tokens": min(settings["max_new_tokens"], room)}
     return [Request(**{"sample": i} | settings) for i in range(args.num_samples)]
 
@@ -112,8 +165,7 @@ def converse(engine, system, request):
         with contextlib.suppress(KeyboardInterrupt):
             ids = engine.tokenizer.encode_chat(turns)
             if len(ids) > context:  # no reason to lose the conversation
-                full = f"{len(ids)} tokens do not fit the context of {context}: /clear starts over"
-                tp.rank or print(full, file=sys.stderr)
+                tp.say(f"{len(ids)} tokens do not fit the context of {context}: /clear starts over")
                 continue
             for _, text in engine.generate([request({"id": "conversation", "prompt": line, "prompt_ids": ids})]):
                 answer += text

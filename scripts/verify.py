@@ -24,8 +24,7 @@ def main() -> int:
     args.deterministic = False
     for name, found, _ in contract.promises(*contract.prepare(args)):
         off[name] = found
-        if sys.stderr.isatty():
-            generate.say(f"flag off, {name}: {found}")
+        tp.progress(f"flag off, {name}: {found}")
     print("| what varies | flag off: differ of compared, first token | flag on |\n|---|---|---|")
     args.deterministic = True
     _, model, requests = contract.prepare(args)

@@ -564,6 +564,7 @@ MODELS = {
     "3 KV heads, biases": {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 96}
     | {"intermediate_size": 192, "attention_bias": True, "mlp_bias": True},
     "window": {"architectures": ["MistralForCausalLM"], "sliding_window": 24},
+    "mixture": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 5, "num_experts_per_tok": 2},
 }
 
 

@@ -179,11 +179,6 @@ def test_config(tmp_path):
     }
 
 
-def test_linear_rope_scaling(tmp_path):
-    directory = converted(tmp_path, llama__rope__scaling__type="linear", llama__rope__scaling__factor=4.0)
-    assert read(directory, "config.json")["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
-
-
 def test_tokenizer(tmp_path):
     """Round trips, single digits even where a merge would join them, merges, and control tokens as one id."""
     tokenizer = Tokenizer.from_file(str(converted(tmp_path) / "tokenizer.json"))
@@ -209,12 +204,9 @@ def test_tokenizer_settings(tmp_path):
     assert Tokenizer.from_file(str(directory / "tokenizer.json")).encode("a").ids[0] != 1
 
 
-def test_bos_and_end_of_turn(tmp_path):
-    directory = converted(tmp_path, tokenizer__ggml__add_bos_token=True, tokenizer__ggml__eot_token_id=0)
+def test_end_of_turn(tmp_path):
+    directory = converted(tmp_path, tokenizer__ggml__eot_token_id=0)
     assert read(directory, "generation_config.json")["eos_token_id"] == [0, 2]
-    assert read(directory, "tokenizer_config.json")["add_bos_token"] is True
-    encoded = Tokenizer.from_file(str(directory / "tokenizer.json")).encode("hello")
-    assert encoded.ids == [1, TOKENS.index("hello")]
 
 
 def test_transformers_reads_it(tmp_path, monkeypatch):
@@ -236,6 +228,7 @@ REFUSED = {
     "tokenizer": ({"tokenizer__ggml__model": "llama"}, "gpt2"),
     "pre-tokenizer": ({"tokenizer__ggml__pre": "llama-bpe"}, "smollm"),
     "scaling": ({"llama__rope__scaling__type": "yarn"}, "yarn"),
+    "BOS": ({"tokenizer__ggml__add_bos_token": True}, "add_bos_token"),
     "llama3 scaling": ({"extra_tensors": ["rope_freqs.weight"]}, "rope_freqs"),
     "bias": ({"extra_tensors": ["blk.0.attn_v.bias"]}, "bias"),
     "metadata": ({"drop": ["llama.block_count"]}, "'llama.block_count' is missing"),

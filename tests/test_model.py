@@ -19,10 +19,14 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -51,6 +55,8 @@ LLAMA3 |= {"original_max_position_embeddings": 48, "rope_theta": 5000.0}
 LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
 LLAMA, MISTRAL = (LlamaConfig, LlamaForCausalLM), (MistralConfig, MistralForCausalLM)
 QWEN2, QWEN3 = (Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)
+MIXTRAL, QWEN3_MOE = (MixtralConfig, MixtralForCausalLM), (Qwen3MoeConfig, Qwen3MoeForCausalLM)
+EIGHTS = {"hidden_size": 72, "intermediate_size": 88}  # what transformers' experts in half precision need
 FAMILIES = {  # classes, what differs from SHAPE, and what config.json says differently (None: does not say)
     "llama": (LLAMA, {}, {}),
     "llama-tied": (LLAMA, {"tie_word_embeddings": True, "num_key_value_heads": 6}, {"head_dim": None}),
@@ -76,6 +82,19 @@ FAMILIES = {  # classes, what differs from SHAPE, and what config.json says diff
         {},
     ),
     "qwen3": (QWEN3, {"head_dim": 22, "max_window_layers": 1}, {}),
+    "mixtral": (MIXTRAL, EIGHTS | {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None}, {}),
+    "mixtral-window": (MIXTRAL, EIGHTS | {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 17}, {}),
+    # A published Qwen3-MoE calls the number of its experts num_experts.
+    "qwen3-moe": (
+        QWEN3_MOE,
+        EIGHTS | {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True},
+        {"num_experts": 7, "num_local_experts": None},
+    ),
+    "qwen3-moe-no-norm": (
+        QWEN3_MOE,
+        EIGHTS | {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 40, "head_dim": 22},
+        {},
+    ),
 }
 ROWS, LENGTH = 4, 150  # three key blocks, and three times what llama-3.1 above was trained on
 
@@ -98,7 +117,7 @@ def random_reference(config_class, model_class, settings, seed=0):
     torch.manual_seed(seed)
     model = model_class(config_class(**SHAPE | settings)).eval()
     for weight in model.parameters():
-        weight.data = torch.randn(weight.shape) * (1.5 / weight.shape[1] ** 0.5 if weight.dim() > 1 else 1.0)
+        weight.data = torch.randn(weight.shape) * (1.5 / weight.shape[-1] ** 0.5 if weight.dim() > 1 else 1.0)
     model.model.embed_tokens.weight.data = torch.randn(model.model.embed_tokens.weight.shape)
     if model.config.tie_word_embeddings:
         model.tie_weights()

@@ -84,8 +84,7 @@ def directory(path, config=CONFIG, dtype=torch.bfloat16, seed=0):
 
 def load(path, *flags):
     args = generate.parse_args(["--checkpoint_path", str(path), "--device", "cpu", *flags])
-    config = ModelConfig.from_file(path / "config.json")
-    config = config.quantized(args.quantize, args.group_size) if args.quantize else config
+    config = ModelConfig.from_file(path / "config.json", args.quantize, args.group_size)
     ops = BATCH_INVARIANT if args.deterministic else FAST
     model = Transformer(config, ops, CPU, generate.PRECISIONS[args.precision])
     load_checkpoint(model, path)

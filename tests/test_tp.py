@@ -30,6 +30,10 @@ MODES = {"bf16": [], "fp32": ["--precision", "fp32"], "int8": ["--quantize", "in
 MODES |= {"stored": [], "tied": []}  # an int4 directory, a tied head
 FEW = "int8, 4 KV heads"  # which four ranks share with one leaf each, eight not at all
 MODES |= {FEW: ["--quantize", "int8"]}
+SHAPES = {FEW: CONFIG | {"num_key_value_heads": 4}}
+EXPERTS = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 6, "num_experts_per_tok": 2}
+SHAPES |= dict.fromkeys(("mixture", "mixture, int4"), CONFIG | EXPERTS)
+MODES |= {"mixture": [], "mixture, int4": ["--quantize", "int4"]}
 HEADS, LAYERS, DIM, VOCAB = 16, 2, 256, 384
 
 
@@ -45,7 +49,7 @@ def flags_of(folder, mode, exact):
     """Of generate.py, for random weights, for a quantized directory or for a tied head."""
     flags = [] if mode in ("stored", "tied") else MODES[mode]
     name = {"stored": "m-int4-g32", "tied": "tied"}.get(mode)
-    shape = folder / ("few.json" if mode == FEW else "config.json")
+    shape = folder / f"{mode if mode in SHAPES else 'config'}.json"
     path = ["--checkpoint_path", folder / name] if name else ["--random_weights", shape]
     return [*map(str, [*flags, *path]), "--device", "cpu", *["--deterministic"] * exact]
 
@@ -71,6 +75,21 @@ def load(folder, mode, exact, ranks=None):
     return generate.load(args, ranks or tp.world)[0]
 
 
+def exchanges_of_a_token(model):
+    """[(name of the collective, bytes of what this rank gives to it)]."""
+    engine, exchange, seen = Engine(model, Tokenizer(None), 1, 96), tp.exchange, []
+
+    def watched(collective, *args):
+        seen.append((collective.__name__, args[-1].nbytes))
+        exchange(collective, *args)
+
+    tp.exchange = watched
+    with torch.inference_mode():
+        engine.feed([[1]], [0])
+    tp.exchange = exchange
+    return seen
+
+
 def work(folder: Path):
     """What each process does: all answers, and what the negative control and the counters say."""
     found = {}
@@ -79,11 +98,7 @@ def work(folder: Path):
             found[f"{mode} {exact}"] = answers(load(folder, mode, exact))
     found["logits"] = logits(load(folder, "fp32", False)).tolist()
     exact = load(folder, "bf16", True)
-    engine = Engine(exact, Tokenizer(None), 1, 96)
-    tp.sent.clear()
-    with torch.inference_mode():
-        engine.feed([[1]], [0])
-    found["sent"] = dict(tp.sent)
+    found["sent"] = [(name, nbytes * (tp.world - 1)) for name, nbytes in exchanges_of_a_token(exact)]
     add_up = tp.add_up
     tp.add_up = lambda y, bias, exact: add_up(y, bias, False)  # the rule broken
     found["plain all-reduce"] = answers(load(folder, "fp32", True))
@@ -124,7 +139,8 @@ def folder(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tp")
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "few.json").write_text(json.dumps(CONFIG | {"num_key_value_heads": 4}))
+    for name, shape in SHAPES.items():
+        (folder / f"{name}.json").write_text(json.dumps(shape))
     for name in ("m", "tied"):
         (folder / name).mkdir()
         config = CONFIG | {"tie_word_embeddings": name == "tied"}
@@ -209,10 +225,10 @@ def test_logits_are_those_of_one(one, several):
 
 
 def test_the_tree_ran(several):
-    """What a token sends: the sums of two layers a block in fp32 and the logits; only embeddings are all-reduced."""
+    """What a token sends: the sums of two layers a block in fp32 and the logits, and nothing is all-reduced."""
     found, n = several
-    gathered = 4 * (n - 1) * (2 * LAYERS * DIM + VOCAB // n)
-    assert found["sent"] == {"all_gather": gathered, "all_reduce": 2 * 2 * DIM * (n - 1) // n}
+    assert {name for name, _ in found["sent"]} <= {"all_gather_single", "all_gather_into_tensor"}
+    assert [nbytes for _, nbytes in found["sent"]] == [4 * (n - 1) * x for x in [DIM] * (2 * LAYERS) + [VOCAB // n]]
 
 
 def test_all_ranks_find_the_same(several):
@@ -409,4 +425,4 @@ def download_tokenizer():
 if __name__ == "__main__":
     tp.start()
     work(Path(sys.argv[1]))
-    tp.leave(0)
+    os._exit(0)
