@@ -125,10 +125,11 @@ class Engine:
 
     def __init__(self, model, tokenizer: Tokenizer, batch_size: int, length: int, chunk=0, propose=None, k=0):
         self.model, self.tokenizer, self.chunk, self.propose, self.k = model, tokenizer, chunk or length, propose, k
-        self.batch_size, self.cache = batch_size, model.new_cache(batch_size, length + k)
+        # `took` are the seconds of a step that feeds so many tokens a slot, where they have been measured.
+        self.batch_size, self.cache, self.took = batch_size, model.new_cache(batch_size, length + k), {}
         self.tokens, self.seconds = {"prefill": 0, "decode": 0, "new": 0}, {"prefill": 0.0, "decode": 0.0}
         self.steps, self.first_token_s, self.accept_counts = 0, 0.0, [0] * (k + 1 if k else 0)
-        self.failed = self.wait = 0  # rounds in a row whose drafts did not pay, and steps to take without drafts
+        self.failed = self.wait = 0  # what drafts in a row that did not pay have cost, and steps to take without drafts
 
     def feed(self, tokens, starts: list[int], slot: int | None = None, last=False) -> Tensor:
         """Feed every slot, or just one, its tokens from its start on; fp32 logits [B, T, V], T = 1 with `last`."""
@@ -185,8 +186,9 @@ class Engine:
             self.tokens["new"] += sum(made)
             self.tokens["decode"] += sum(made) if phase == "decode" else 0
             if T > 1:  # after rounds without `pays` accepted drafts a completion, longer and longer pauses
+                pays = getattr(self.propose, "pays", self.took.get(T, 2) / self.took.get(1, 1) - 1)
                 self.accept_counts = [count + made.count(n) for n, count in enumerate(self.accept_counts, start=1)]
-                self.failed = 0 if sum(made) >= (1 + getattr(self.propose, "pays", 1)) * len(made) else self.failed + 1
+                self.failed = 0 if sum(made) >= (1 + pays) * len(made) else self.failed + max(round(pays), 1)
                 self.wait = min(2**self.failed // 4, 64)
             slots = [None if c and c.finish_reason else c for c in slots]
 
@@ -330,8 +332,8 @@ def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> N
     if compile_prefill:
         model.prefill_stack = torch.compile(model.stack, options=options, dynamic=True, **kept)
     if compile_decode:
-        dense = model.config.n_experts == 1  # a graph would have to ask which experts are chosen
-        options = options | {"triton.cudagraphs": model.device.type == "cuda" and dense}
+        # A CUDA graph cannot ask which experts are chosen.
+        options = options | {"triton.cudagraphs": model.device.type == "cuda" and model.config.n_experts == 1}
         model.decode_stack, model.verify_stack = (torch.compile(model.stack, options=options, **kept) for _ in range(2))
 
 
@@ -350,12 +352,15 @@ def build(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, le
     set_up(model, args.compile, args.compile_prefill)
     k = args.speculate_k if propose else k
     engine = Engine(model, tokenizer, args.batch_size, length, args.prefill_chunk, propose, k)
-    if args.compile or args.compile_prefill or args.deterministic:
+    if args.compile or args.compile_prefill or args.deterministic or propose:
         tp.progress("compiling" if args.compile or args.compile_prefill else "probing")
         with torch.inference_mode():
             engine.prefill([0] * 5, 0)
             for width in sorted({1, k + 1}) * 3:  # as often as CUDA graphs need to be recorded
-                engine.feed([[0] * width] * args.batch_size, [0] * args.batch_size)
+                start = time.perf_counter()
+                engine.feed([[0] * width] * args.batch_size, [0] * args.batch_size)[0, 0, 0].item()
+                engine.took[width] = min(time.perf_counter() - start, engine.took.get(width, 1e9))
+    engine.took = tp.agreed(lambda: engine.took, alone=True)()
     return engine
 
 

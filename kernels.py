@@ -77,8 +77,8 @@ class Packed:
     """A weight in its kernel's layout, which Inductor cannot trace through: a graph names the weight by an integer."""
 
     parts, opaque = 1, True  # the leaves that `products` hands back side by side, to be added
-    wide = partial = False  # whether sums of leaves can be had in fp32; whether those of other ranks are to be added
-    table: dict[int, "Packed"] = weakref.WeakValueDictionary()  # forgets it when its layer dies
+    parts_dtype, partial = None, False  # the type of leaves, None: as the input; whether other ranks have more of them
+    table: dict[int, "Packed"] = weakref.WeakValueDictionary()  # or a mixture; forgets it when its layer dies
     handles = itertools.count()  # alike in every run, so that compiled graphs are found in Inductor's cache
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, leaves: int = 1, *grid: Tensor):
@@ -92,10 +92,6 @@ class Packed:
 
     def products(self, x: Tensor) -> Tensor:
         return product(x, self.weight, self.bias)
-
-    @property
-    def parts_dtype(self) -> torch.dtype | None:
-        return torch.float32 if self.wide and (self.parts > 1 or self.partial) else None  # None: as the input
 
     def __call__(self, x: Tensor) -> Tensor:
         """x W^T + b, in the type of x; in fp32 where it is a sum of leaves, whose additions a compiler may see."""
@@ -409,7 +405,7 @@ class TritonPacked(Packed):
     """A weight on a GPU, as it is or quantized: int8 [N, K], or uint8 [N, K / 2] of two numbers, the low nibble at
     the even k. Such a weight is (q - zero) * scale, with scale and zero [N, K / group], where None is zero."""
 
-    wide = True
+    parts_dtype = property(lambda self: torch.float32 if self.parts > 1 or self.partial else None)
     LAUNCHES = {  # by the most rows M; only what changes no bits. Shared memory fits 99 KB, which is sm_89
         16: {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4},
         64: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4},
