@@ -131,13 +131,15 @@ def write_cache(k_BTGD: Tensor, v_BTGD: Tensor, k_cache: Tensor, v_cache: Tensor
 def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale: float, tokens=1, keys=64) -> Tensor:
     """Attention, [B, T, H * D], in blocks of about 128 tokens, which skip keys behind the last one that they may see.
     Tokens and keys are padded to multiples, on which bits do not depend where `recipe` has seen so."""
-    T, T_more, L_more = len(limit_T), -len(limit_T) % tokens, -bias.shape[-1] % keys
+    T, T_more, L = len(limit_T), -len(limit_T) % tokens, -(-bias.shape[-1] // keys) * keys
+    # What is padded are keys that nobody sees, of the cache if it has them.
+    cut = lambda x: x[:, :, :L] if x.shape[2] >= L else F.pad(x, (0, 0, 0, L - x.shape[2]))
+    k_BGLD, v_BGLD, L_more = cut(k_BGLD), cut(v_BGLD), L - bias.shape[-1]
     q_BGTRD, parts, size = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2), [], 128 // tokens * tokens
     if (T == 1 or q_BTHD.is_cuda) and not T_more + L_more:  # on a GPU, nobody may wait for `limit_T`
         return sdpa(q_BGTRD, k_BGLD, v_BGLD, bias, scale).transpose(1, 2).flatten(2).contiguous()
     if T_more or L_more:
         q_BGTRD, limit_T = F.pad(q_BGTRD, (0, 0, 0, 0, 0, T_more)), F.pad(limit_T, (0, T_more))
-        k_BGLD, v_BGLD = F.pad(k_BGLD, (0, 0, 0, L_more)), F.pad(v_BGLD, (0, 0, 0, L_more))
         bias = F.pad(bias, (0, L_more, 0, 0, 0, T_more), value=float("-inf"))
     for start in range(0, T, size):
         now = slice(start, start + size)
@@ -166,7 +168,7 @@ def attention(q, k, v, k_cache, v_cache, pos, mask, scale, exact):
     write_cache(k, v, k_cache, v_cache, pos)
     sizes = min(len(q), 2), k_cache.shape[1], q.shape[3], q.shape[2] // k_cache.shape[1], q.dtype
     way = recipe(*sizes, torch.get_num_threads()) if exact else attend
-    return way(q, *(cache.narrow(2, 0, mask[0].shape[-1]) for cache in (k_cache, v_cache)), *mask, scale)
+    return way(q, k_cache, v_cache, *mask, scale)
 
 
 def fast_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
@@ -305,14 +307,14 @@ def recipe(B: int, G: int, head_dim: int, group: int, dtype: torch.dtype, thread
     T, L = 80, 576
     q, k = (4096 * z for z in cancelling((B, T, G * group), (B, G, L), head_dim, dtype))  # scaled up to matter
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    ways = [functools.partial(attend, tokens=n, keys=m) for n, m in ((1, 64), (-(-16 // group), 512))]
+    ways = [functools.partial(attend, tokens=n, keys=m) for n, m in ((1, 64), (2, 512), (-(-16 // group), 512))]
     for start in range(0, 512, 118):  # so that spans of all multiples of 64 occur
         pos_BT, heads_GR = torch.arange(start, start + T).expand(B, -1), torch.zeros(G, group)
         bias, limit = dense_mask(causal, pos_BT, L, heads_GR, dtype)
         want = attend_safely(q, k, v, bias, limit, 0.125)
         for count, end in itertools.product((1, 2, 3, 5, 6, 11, 16, 40, T), range(8, T + 1, 8)):
             now, span = slice(max(end - count, 0), end), -(-(start + end) // 64) * 64
-            piece = q[:, now], k[:, :, :span], v[:, :, :span], bias[:, :, now, :, :span], limit[now], 0.125
+            piece = q[:, now], k, v, bias[:, :, now, :, :span], limit[now], 0.125
             ways = [way for way in ways if torch.equal(way(*piece), want[:, now])]
     return [*ways, attend_safely][0]
 

@@ -29,7 +29,6 @@ DEFAULTS = {"hidden_act": "silu", "partial_rotary_factor": 1, "rms_norm_eps": 1e
 DEFAULTS["ffn_names"] = ["mlp", "gate_proj", "up_proj", "down_proj"]
 KVCache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, n_kv_heads, length, head_dim]
 called = lambda name: field(metadata={"name": name})  # by config.json, where that has another name for it
-whole_blocks = lambda length: -(-length // 64) * 64  # keys, whose products oneDNN computes faster in whole blocks
 
 
 class InputError(ValueError):
@@ -305,14 +304,15 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         """Zeroed, as 0 x NaN would poison a row; with a spare block, as graphs of a part do not fit the whole."""
-        shape = (batch_size, len(self.heads), whole_blocks(length) + 64, self.config.head_dim)
+        block = 512 if self.ops.exact else 64  # of keys, which kernels take as a whole
+        shape = (batch_size, len(self.heads), -(-length // block) * block + 64, self.config.head_dim)
         return [tuple(torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in "kv") for _ in self.layers]
 
     def forward(self, tokens_BT: Tensor, pos_BT: Tensor, cache: KVCache, end: int, last=False, decode=False) -> Tensor:
         """fp32 logits [B, T, V] (T = 1 with `last`) of tokens at absolute positions `pos_BT`; `end` is one past the
         highest. Their keys and values are written to the cache, which must hold every earlier position."""
-        # A CUDA graph needs one shape, so there every step looks over the whole cache.
-        span = whole_blocks(end) if self.device.type == "cpu" else cache[0][0].shape[2]
+        # A CPU is faster at whole blocks of keys. A CUDA graph needs one shape: every step looks over the whole cache.
+        span = -(-end // 64) * 64 if self.device.type == "cpu" else cache[0][0].shape[2]
         args = (pos_BT, span, self.heads, self.dtype)
         masks = {window: self.ops.mask(mask_mod, *args) for window, mask_mod in self.mask_mods.items()}
         one, several = (self.decode_stack, self.verify_stack) if decode else (self.stack, self.prefill_stack)
@@ -348,8 +348,7 @@ def load_checkpoint(model: Transformer, directory: Path) -> None:
         if names:
             refuse(f"{directory}: tensor {min(names)} is {problem} ({len(names)} in all)")
     for name, shape in shapes.items():
-        dtype, got = slices[name].get_dtype(), slices[name].get_shape()
-        stem = name.removesuffix("weight")
+        stem, dtype, got = name.removesuffix("weight"), slices[name].get_dtype(), slices[name].get_shape()
         expected = "U8" if f"{stem}zero" in shapes else "I8" if f"{stem}scale" in shapes else "BF16, F16 or F32"
         if got != shape or dtype not in expected:
             refuse(f"{directory}: tensor {name} is {dtype} {got}, expected {expected} {shape}")

@@ -14,6 +14,7 @@ import generate
 from generate import DraftModel, Engine, Request, Tokenizer, prompt_lookup
 from kernels import BATCH_INVARIANT, FAST
 from model import Transformer
+from tests.contract import HalfRight
 
 ROOM = 160
 
@@ -250,6 +251,21 @@ def test_pauses_where_drafts_do_not_pay(tmp_path):
     list(Engine(model, Tokenizer(None), 1, ROOM, propose=wrong, k=3).generate([repeating(0, 3, 130)]))
     gaps = [b - a for a, b in itertools.pairwise(asked)]
     assert gaps == sorted(gaps) and gaps[0] == 1 and gaps[-1] >= 32 and len(asked) <= 10
+
+
+def test_drafts_pause_by_what_a_round_costs(tmp_path):
+    """Three tokens a round pay where it takes as long as two steps, not where it takes as long as six."""
+    model, asked = build(tmp_path, BATCH_INVARIANT, FP32), [repeating(0, 3, 130)]
+    want = plain(model, asked)
+
+    def rounds(**took):
+        engine = Engine(model, Tokenizer(None), 1, ROOM, propose=lambda *args: half_right(*args), k=3)
+        half_right, engine.took = HalfRight(want), {1: took["step"], 4: took["round"]}
+        assert answers(engine, asked) == want
+        return sum(engine.accept_counts)
+
+    assert rounds(step=1.0, round=2.0) >= 40
+    assert rounds(step=1.0, round=6.0) <= 3
 
 
 def test_a_draft_of_a_short_context_stops(tmp_path):
