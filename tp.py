@@ -4,8 +4,8 @@ cut along which axis, so that a block needs two sums over ranks and no other exc
     gate, up   outputs
     o, down    inputs: the products of ranks are added
     head       outputs, by vocabulary: logits are gathered whole
-Norms, caches of a rank's own heads, sampling and all else run at every rank alike; the embedding, of which a token
-reads one row, is whole at each."""
+Experts are cut like any gate, up and down. Norms, routers, caches of a rank's own heads, sampling and all else run at
+every rank alike; the embedding, of which a token reads one row, is whole at each."""
 
 import datetime
 import math

@@ -119,7 +119,7 @@ def write_quantized(source, out, mode, group_size):
         for path in [path for kind in ("json", "jinja", "model", "txt") for path in source.glob(f"*.{kind}")]:
             if path.name not in ("config.json", "model.safetensors.index.json"):
                 shutil.copy(path, work)
-        raw = json.loads((source / "config.json").read_text())
+        raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
         raw["quantization_config"] = {"quant_method": "gpt-exact", "mode": mode, "group_size": group_size}
         (work / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
         print(work.rename(out))
