@@ -27,6 +27,7 @@ def sliding_window(window: int) -> Callable:
 
 
 causal = sliding_window(1 << 30)
+AMX = torch.cpu._is_amx_tile_supported()  # 16 rows of half precision or of bytes are as quick as one
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,10 @@ class Packed:
         return y if self.parts == 1 else add_leaves(y.view(*x.shape[:-1], self.parts, -1), self.bias)
 
 
-@opaque(
-    "linear(Tensor x, int handle, int n, ScalarType? dtype) -> Tensor",
-    lambda x, handle, n, dtype: x.new_empty(*x.shape[:-1], n, dtype=dtype),
-)
+like_linear = lambda x, handle, n, dtype: x.new_empty(*x.shape[:-1], n, dtype=dtype)
+
+
+@opaque("linear(Tensor x, int handle, int n, ScalarType? dtype) -> Tensor", like_linear)
 def opaque_linear(x, handle, n, dtype):
     return Packed.table[handle].products(x)
 
@@ -128,22 +129,22 @@ def write_cache(k_BTGD: Tensor, v_BTGD: Tensor, k_cache: Tensor, v_cache: Tensor
             cache[torch.arange(len(pos_BT), device=pos_BT.device)[:, None], :, pos_BT] = new
 
 
-def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale: float, tokens=1, keys=64) -> Tensor:
+def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale: float, tokens=1, spans=range(64, 513, 64)) -> Tensor:
     """Attention, [B, T, H * D], in blocks of about 128 tokens, which skip keys behind the last one that they may see.
-    Tokens and keys are padded to multiples, on which bits do not depend where `recipe` has seen so."""
-    T, T_more, L = len(limit_T), -len(limit_T) % tokens, -(-bias.shape[-1] // keys) * keys
-    # What is padded are keys that nobody sees, of the cache if it has them.
-    cut = lambda x: x[:, :, :L] if x.shape[2] >= L else F.pad(x, (0, 0, 0, L - x.shape[2]))
-    k_BGLD, v_BGLD, L_more = cut(k_BGLD), cut(v_BGLD), L - bias.shape[-1]
-    q_BGTRD, parts, size = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2), [], 128 // tokens * tokens
-    if (T == 1 or q_BTHD.is_cuda) and not T_more + L_more:  # on a GPU, nobody may wait for `limit_T`
-        return sdpa(q_BGTRD, k_BGLD, v_BGLD, bias, scale).transpose(1, 2).flatten(2).contiguous()
-    if T_more or L_more:
-        q_BGTRD, limit_T = F.pad(q_BGTRD, (0, 0, 0, 0, 0, T_more)), F.pad(limit_T, (0, T_more))
-        bias = F.pad(bias, (0, L_more, 0, 0, 0, T_more), value=float("-inf"))
+    Tokens are padded to a multiple, and keys, by others of the cache, to a span beyond blocks of 512: see `recipe`."""
+    fit = lambda n: n // 512 * 512 + next(span for span in (0, *spans) if span >= n % 512)
+    T, L, size, parts = len(limit_T), fit(bias.shape[-1]), 128 // tokens * tokens, []
+    k_BGLD, v_BGLD = k_BGLD[:, :, :L], v_BGLD[:, :, :L]
+    q_BGTRD = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2)
+    if L > bias.shape[-1]:
+        bias = F.pad(bias, (0, L - bias.shape[-1]), value=float("-inf"))
+    if T_more := -T % tokens:  # the last token again, as often
+        q_BGTRD, bias = (torch.cat([x] + [x[:, :, -1:]] * T_more, dim=2) for x in (q_BGTRD, bias))
+    if T == 1 or q_BTHD.is_cuda:  # on a GPU, nobody may wait for `limit_T`
+        return sdpa(q_BGTRD, k_BGLD, v_BGLD, bias, scale)[:, :, :T].transpose(1, 2).flatten(2).contiguous()
     for start in range(0, T, size):
         now = slice(start, start + size)
-        span = -(-int(limit_T[now].max()) // keys) * keys
+        span = fit(int(limit_T[now].max()))
         parts += [sdpa(q_BGTRD[:, :, now], k_BGLD[:, :, :span], v_BGLD[:, :, :span], bias[:, :, now, :, :span], scale)]
     return torch.cat(parts, dim=2)[:, :, :T].transpose(1, 2).flatten(2).contiguous()  # as its fake has it
 
@@ -166,8 +167,8 @@ like_attention = lambda q, *_: q.new_empty(*q.shape[:2], q[0, 0].numel())
 def attention(q, k, v, k_cache, v_cache, pos, mask, scale, exact):
     """One recipe for prefill, decode and verify."""
     write_cache(k, v, k_cache, v_cache, pos)
-    sizes = min(len(q), 2), k_cache.shape[1], q.shape[3], q.shape[2] // k_cache.shape[1], q.dtype
-    way = recipe(*sizes, torch.get_num_threads()) if exact else attend
+    (B, _, H, D), G = q.shape, k_cache.shape[1]
+    way = recipe(min(B, 2), min(G, 3), D, H // G, q.dtype, torch.get_num_threads()) if exact else attend
     return way(q, k_cache, v_cache, *mask, scale)
 
 
@@ -208,8 +209,7 @@ def add_leaves(parts_MGN: Tensor, bias: Tensor | None = None) -> Tensor:
     parts_MGN = parts_MGN.float()
     while parts_MGN.shape[-2] % 2 == 0:
         parts_MGN = parts_MGN[..., ::2, :] + parts_MGN[..., 1::2, :]
-    total = functools.reduce(torch.add, parts_MGN.unbind(-2))
-    return total if bias is None else total + bias
+    return functools.reduce(torch.add, [*parts_MGN.unbind(-2)] + ([] if bias is None else [bias]))
 
 
 def one_thread() -> contextlib.ExitStack:
@@ -232,21 +232,20 @@ def in_tiles(x_MK: Tensor, weight: Tensor, safe: range, bias: Tensor | None = No
     M = len(x_MK)
     if M in safe:
         return product(x_MK, weight, bias)
-    if safe and M == 1:  # one row alone may take another kernel
-        return product(x_MK.expand(2, -1), weight, bias)[:1]
-    if safe:
-        return torch.cat([in_tiles(x, weight, safe, bias) for x in x_MK.split(safe[-1])])
+    if safe:  # a row that is left over may not be alone, where another kernel would take it
+        more = lambda x: F.pad(x, (0, 0, 0, max(safe[0] - len(x), 0)))
+        return torch.cat([product(more(x), weight, bias)[: len(x)] for x in x_MK.split(safe[-1])])
     with one_thread():
         return torch.cat([product(x, weight, bias) for x in F.pad(x_MK, (0, 0, 0, -M % 16)).split(16)])[:M]
 
 
 @functools.cache
 def safe_rows(N: int, K: int, dtype: torch.dtype, leaves: int, threads: int) -> range:
-    """How many rows, up to 512, a product with such a weight may have to be seen with the bits of the reference; with
-    leaves, of rows that are zero outside one, which is then the reference."""
-    x, weight = cancelling((512,), (min(N, 1 << 14),), K // leaves, dtype)
-    want, places = in_tiles(x, blocked(weight), range(0)), torch.eye(leaves, dtype=dtype).repeat(512, 1)[:512]
-    x, weight = (x[:, None] * places[:, :, None]).flatten(1), blocked(weight.repeat(1, leaves))
+    """How many rows, up to 512, a product with such a weight may have to be seen with the bits of the reference; the
+    weight may be `leaves` of that shape, stacked, of which each has its own reference."""
+    x, weight = cancelling((512,), (leaves, min(N, 1 << 14)), K, dtype)
+    want = torch.cat([in_tiles(x, blocked(leaf), range(0)) for leaf in weight], dim=1)
+    weight = blocked(weight.flatten(0, 1))
     counts = (2, 3, 6, 7, 8, 9, 12, 15, 16, 17, 24, 33, 48, 64, 100, 128, 256, 500, 512)
     agrees = lambda n: torch.equal(product(x[:n], weight), want[:n])
     most = max(itertools.takewhile(agrees, counts), default=0)
@@ -257,30 +256,28 @@ class LeafPacked(Packed):
     """A weight on a CPU whose products round each leaf once."""
 
     def pack(self, weight: Tensor, leaves: int) -> None:
-        self.leaves = [blocked(part) for part in weight.chunk(leaves, dim=1)]
-        self.shape, self.parts, self.weight, self.places = (*weight.shape, weight.dtype), leaves, self.leaves[0], None
+        parts, self.parts, self.stacked = weight.chunk(leaves, dim=1), leaves, None
+        self.leaves, self.shape = list(map(blocked, parts)), (*parts[0].shape, weight.dtype)
         if leaves > 1 and weight.nbytes < 4 << 20:  # a large weight would not notice the 30 us a call that this saves
-            self.places, self.weight = torch.eye(leaves, dtype=weight.dtype)[:, :, None], blocked(weight)
+            self.stacked = blocked(torch.cat(parts))
             self.nbytes += weight.nbytes
 
     def products(self, x: Tensor) -> Tensor:
         (N, K, dtype), G, M, threads = self.shape, self.parts, x.shape[:-1].numel(), torch.get_num_threads()
-        if self.places is not None and M * G <= 48 and M * G in safe_rows(*self.shape, G, threads):
-            # A few rows: one product of the whole weight with copies of them that are zero outside one leaf.
-            y = product((x.reshape(M, 1, G, -1) * self.places).view(M * G, K), self.weight)
+        if self.stacked is not None and M * G <= (48 if AMX else 24) and M * G in safe_rows(N, K, dtype, G, threads):
+            # A few rows: one product, of all leaves of the weight and of the rows, is cheap to make and quick to call.
+            y = product(x.reshape(M * G, K), self.stacked).view(M, G, G, N).diagonal(dim1=1, dim2=2).transpose(1, 2)
         else:
-            safe, bias = safe_rows(N, K // G, dtype, 1, threads), self.bias if G == 1 else None
-            pairs = zip(x.reshape(M, G, -1).unbind(1), self.leaves, strict=True)
-            y = [in_tiles(*pair, safe, bias) for pair in pairs]
-            y = torch.cat(y, dim=-1) if G > 1 else y[0]
-        return y.view(*x.shape[:-1], G * N)
+            safe, bias = safe_rows(N, K, dtype, 1, threads), self.bias if G == 1 else None
+            y = [in_tiles(*pair, safe, bias) for pair in zip(x.reshape(M, G * K).chunk(G, 1), self.leaves, strict=True)]
+            y = torch.cat(y, dim=1) if G > 1 else y[0]
+        return y.reshape(*x.shape[:-1], G * N)
 
 
 # Opaque is what a compiler reorders or rounds in its own way: sums and exp. So are torch.sqrt and pow, but not rsqrt.
 exp = opaque("exp(Tensor x) -> Tensor", torch.empty_like)(torch.exp)
-vector_norm = opaque("vector_norm(Tensor x) -> Tensor", lambda x: x.new_empty(*x.shape[:-1], 1))(
-    lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-)
+norm_of = functools.partial(torch.linalg.vector_norm, dim=-1, keepdim=True)
+vector_norm = opaque("vector_norm(Tensor x) -> Tensor", lambda x: torch.empty_like(x[..., :1]))(norm_of)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -295,28 +292,33 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 def attend_safely(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale):
     """What `attend` must agree with, and its stand-in: one thread, tiles of 16 rows, each row of a batch alone."""
-    tiles = -(-16 * k_BGLD.shape[1] // q_BTHD.shape[2]), 512
+    tokens = -(-16 * k_BGLD.shape[1] // q_BTHD.shape[2])
     rows = zip(*(x.split(1) for x in (q_BTHD, k_BGLD, v_BGLD, bias)), strict=True)
     with one_thread():
-        return torch.cat([attend(*row, limit_T, scale, *tiles) for row in rows])
+        return torch.cat([attend(*row, limit_T, scale, tokens, spans=[512]) for row in rows])
 
 
 @functools.cache
 def recipe(B: int, G: int, head_dim: int, group: int, dtype: torch.dtype, threads: int) -> Callable:
     """The way through `attend` in which a query's bits are seen to depend on no other query and not on the span."""
-    T, L = 80, 576
-    q, k = (4096 * z for z in cancelling((B, T, G * group), (B, G, L), head_dim, dtype))  # scaled up to matter
+    T, L, pieces = 80, 576, []
+    q, k = cancelling((B, T, G * group), (B, G, 1024), head_dim, dtype)
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    ways = [functools.partial(attend, tokens=n, keys=m) for n, m in ((1, 64), (2, 512), (-(-16 // group), 512))]
-    for start in range(0, 512, 118):  # so that spans of all multiples of 64 occur
+    v[:, :, ::4] *= 1 << 12  # with equal weights these cancel, and leave what they have made of the sums between them
+    v[:, :, 2::4] = -v[:, :, ::4]
+    for scale, start in itertools.product((2.0**21, 0.0), range(0, 512, 118)):  # so that all multiples of 64 occur
         pos_BT, heads_GR = torch.arange(start, start + T).expand(B, -1), torch.zeros(G, group)
         bias, limit = dense_mask(causal, pos_BT, L, heads_GR, dtype)
-        want = attend_safely(q, k, v, bias, limit, 0.125)
-        for count, end in itertools.product((1, 2, 3, 5, 6, 11, 16, 40, T), range(8, T + 1, 8)):
+        want = attend_safely(q, k, v, bias, limit, scale)
+        for count, end in itertools.product((1, 2, 3, 5, 6, 11, 16, 40, T), range(16, T + 1, 16)):
             now, span = slice(max(end - count, 0), end), -(-(start + end) // 64) * 64
-            piece = q[:, now], k, v, bias[:, :, now, :, :span], limit[now], 0.125
-            ways = [way for way in ways if torch.equal(way(*piece), want[:, now])]
-    return [*ways, attend_safely][0]
+            pieces += [(span, want[:, now], q[:, now], k, v, bias[:, :, now, :, :span], limit[now], scale)]
+
+    fit = lambda n: (piece for span, *piece in pieces if span % 512 <= n)
+    seen = lambda tokens, *spans: all(torch.equal(attend(*args, tokens, spans), y) for y, *args in fit(spans[0]))
+    tokens = next((n for n in (1, 2, -(-16 // group)) if seen(n, 512)), 0)
+    spans = [n for n in range(64, 513, 64) if tokens and seen(tokens, n, 512)]
+    return functools.partial(attend, tokens=tokens, spans=spans) if tokens else attend_safely
 
 
 # The same on a GPU: a dot adds to one fp32 accumulator in ascending k, BLOCK_K at a time at every M, so bits depend on
@@ -350,9 +352,8 @@ def triton_kernels() -> SimpleNamespace:
                 b = (b * tl.load(scale + group, mask=n < N, other=0).to(tl.float32)).to(a.dtype)
             acc = tl.dot(b, a, acc, input_precision="ieee")
         acc += 0 if bias is None else tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
-        tl.store(
-            y + (m * tl.num_programs(2) + tl.program_id(2)) * N + n, acc.to(y.dtype.element_ty), mask=(m < M) & (n < N)
-        )
+        y += (m * tl.num_programs(2) + tl.program_id(2)) * N + n
+        tl.store(y, acc.to(y.dtype.element_ty), mask=(m < M) & (n < N))
 
     @triton.jit(do_not_specialize=["T", "L", "window"])
     def attention(q, k_cache, v_cache, pos, parts, y, T, L, window, scale, G: tl.constexpr, GROUP: tl.constexpr,

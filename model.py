@@ -156,9 +156,8 @@ class Linear(Layer):
             refuse(f"group_size {config.group_size} does not divide {in_features} inputs, choose from 32, 64, 128")
         kinds = quantize.parts(mode if config.stored else None, torch.zeros(1, in_features), config.group_size)
         kinds |= {"bias": torch.zeros(1)} if bias else {}  # as of one row
-        super().__init__(
-            model, {f"{x}.{kind}": (N, *kinds[kind].shape[1:]) for x, N in parts.items() for kind in kinds}
-        )
+        shapes = {f"{x}.{kind}": (N, *kinds[kind].shape[1:]) for x, N in parts.items() for kind in kinds}
+        super().__init__(model, shapes)
         self.mode, self.kinds, multiple = mode, list(kinds), config.group_size if mode == "int4" else 32
         self.leaves = leaf_count(config.n_kv_heads, in_features, multiple) if axis else 1
         self.axis, self.unit, self.split = axis, unit, axis == 1 and self.ranks > 1
@@ -201,8 +200,7 @@ class Embedding(Layer):
     def load(self, tensors: list[Tensor]) -> int:
         self.weight = tensors[0] if self.device.type == "cpu" else tensors[0].to(self.device, self.dtype)
         rows, mode = tp.part(self.weight, 0, self.ranks), self.config.mode and "int8"
-        head = lambda: quantize.pack(self.ops, **quantize.parts(mode, rows.to(self.dtype), 0))
-        self.packed = head() if self.config.tied else None
+        self.packed = self.config.tied and quantize.pack(self.ops, **quantize.parts(mode, rows.to(self.dtype), 0))
         return self.packed.nbytes if self.packed else 0
 
     def forward(self, tokens_BT: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ On disk a weight [N, K] is (code - zero) * scale: int8 [N, K] with a scale a row
 low nibble at even k, with scale and zero [N, K / group]. The head is int8 either way, or on disk a tied embedding."""
 
 import itertools
+import math
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import Ops, Packed, TritonPacked, add_leaves, opaque_linear
+from kernels import AMX, Ops, Packed, TritonPacked, add_leaves, opaque_linear
 from scripts import download
 
 
@@ -25,28 +27,34 @@ class Int8Linear(Packed):
         return {"weight": (weight / scale.float()).round().clamp(-127, 127).to(torch.int8), "scale": scale}
 
     def pack(self, weight: Tensor, leaves: int, scale: Tensor) -> None:
-        self.weight, self.scale = torch.ops.onednn.qlinear_prepack(weight.contiguous(), None), scale.float().flatten()
-        self.zeros, self.parts, self.fast = torch.zeros_like(self.scale, dtype=torch.int64), max(leaves, 1), not leaves
-        self.minus, self.times = torch.tensor([[0.0, -1.0], [1.0, 254.0]])[..., None, None]
-        self.places = torch.eye(self.parts, dtype=torch.int8)[:, :, None]
+        self.parts, self.fast = max(leaves, 1), AMX and not leaves
+        # Leaves are stacked: one product of them all and of those of an input has all that is wanted, and is quick.
+        weight, scale = torch.cat(weight.chunk(self.parts, dim=1)), scale.float().flatten().repeat(self.parts)
+        zeros = torch.zeros_like(scale, dtype=torch.int64)
+        if AMX:  # oneDNN, quick at many rows with AMX
+            args = torch.ops.onednn.qlinear_prepack(weight, None), scale, zeros, None, 1.0, 0
+            self.op, self.args = torch.ops.onednn.qlinear_pointwise.default, (*args, torch.float32, "none", [], "")
+        else:  # FBGEMM, of which a call takes half the time
+            with warnings.catch_warnings(action="ignore"):  # there is no other way in than a type that is deprecated
+                codes = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
+            self.args = (torch.ops.quantized.linear_prepack(codes, None),)
+            self.op = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
-    def products(self, codes: Tensor, op=torch.ops.onednn.qlinear_pointwise.default) -> Tensor:
-        return op(codes, 1.0, 128, self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], "")
+    def products(self, codes: Tensor) -> Tensor:
+        return self.op(codes, 1.0, 128, *self.args)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.fast and x.shape[:-1].numel() >= 64 and not torch.compiler.is_compiling():
-            y = x @ self.weight.to_dense().to(x.dtype) * self.scale.to(x.dtype)
+            y = x @ self.args[0].to_dense().to(x.dtype) * self.args[1].to(x.dtype)
             return y if self.bias is None else (y + self.bias).to(x.dtype)
-        x_G = x.unflatten(-1, (self.parts, -1))
-        size = torch.linalg.vector_norm(x_G, float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
-        step = size.clamp(min=1e-30) * (1 / 127)
-        x_G = (x_G / step).unsqueeze(-3)
-        codes = (torch.addcmul(x_G, x_G.round(), self.minus) * self.times).round().to(torch.int8)
-        if self.parts > 1:  # rows that are zero outside one leaf
-            codes = (codes.unsqueeze(-2) * self.places).flatten(-2)
-        codes = codes.view(torch.uint8) ^ 128  # plus 128: without AMX, oneDNN is very slow at signed ones
-        sums = opaque_linear(codes.flatten(0, -2), self.handle, self.out_features, torch.float32)
-        high, low = sums.view(*codes.shape[:-1], -1).unbind(-3)
+        x_GK = x.unflatten(-1, (self.parts, -1)).float()
+        step = x_GK.abs().amax(-1, keepdim=True).clamp(min=1e-30) * (1 / 127)
+        high = (x_GK := x_GK / step).round()
+        codes = torch.stack((high, ((x_GK - high) * 254).round()), dim=-3)
+        codes = (codes + 128).to(torch.uint8) if AMX else codes
+        sums = opaque_linear(codes.flatten(0, -2), self.handle, self.parts * self.out_features, torch.float32)
+        sums = sums.view(*codes.shape[:-1], self.parts, -1).diagonal(dim1=-3, dim2=-2).transpose(-1, -2)
+        high, low = sums.unbind(-3)
         y = add_leaves((high + low * (1 / 254)) * step, self.bias)
         return y if self.parts > 1 or self.partial else y.to(x.dtype)
 
@@ -72,7 +80,8 @@ class Int4Linear(Packed):
         return {"weight": codes[:, ::2] | codes[:, 1::2] << 4, "scale": scale, "zero": zero}
 
     def pack(self, weight: Tensor, leaves: int, scale: Tensor, zero: Tensor) -> None:
-        self.parts, self.exact, self.leaves = max(leaves, 1), leaves > 0, []
+        self.parts, self.leaves = max(leaves, 1), []
+        self.many = math.inf if leaves or torch.backends.cpu.get_cpu_capability() != "AVX512" else 32 if AMX else 64
         self.group = 2 * weight.shape[1] // scale.shape[1]
         for part in zip(*(x.chunk(self.parts, dim=1) for x in (weight, scale, zero)), strict=True):
             codes, scale, zero = (F.pad(x, (0, 0, 0, -len(x) % 64)) for x in part)
@@ -82,15 +91,16 @@ class Int4Linear(Packed):
             self.leaves.append((codes, grid.transpose(0, 1).contiguous()))
 
     def products(self, x: Tensor, op=torch.ops.aten._weight_int4pack_mm_for_cpu.default) -> Tensor:
-        x_MK, fast = x.reshape(-1, x.shape[-1]), torch.backends.cpu.get_cpu_capability() == "AVX512" and not self.exact
-        if fast and len(x_MK) >= 32:
+        x_MK, N = x.reshape(-1, x.shape[-1]), self.out_features
+        if len(x_MK) >= self.many:
             y = [x_MK @ self.expanded(x.dtype)]
         else:
-            pairs = zip(x_MK.chunk(self.parts, dim=1), self.leaves, strict=True)
-            y = [op(part.contiguous(), codes, self.group, grid.to(x.dtype)) for part, (codes, grid) in pairs]
-        y = [leaf[:, : self.out_features] for leaf in y]
+            x_PMK = x_MK.view(-1, self.parts, x.shape[-1] // self.parts).transpose(0, 1).contiguous()
+            pairs = zip(x_PMK.unbind(), self.leaves, strict=True)
+            y = [op(x_MK, codes, self.group, grid.to(x.dtype)) for x_MK, (codes, grid) in pairs]
+        y = [leaf[:, :N] for leaf in y] if N % 64 else y
         y = torch.cat(y, dim=1) if self.parts > 1 else y[0] if self.bias is None else (y[0] + self.bias).to(x.dtype)
-        return y.reshape(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], -1)
 
     def expanded(self, dtype: torch.dtype) -> Tensor:
         """The weight [K, N] out of the kernel's layout with AVX-512, where a byte holds rows i and i + 32 of 64."""

@@ -25,8 +25,7 @@ def log_likelihood(engine, ids: list[int], window: int, stride: int) -> float:
     for end in [*range(window, len(ids), stride), len(ids)]:
         total += math.fsum(engine.score(ids[max(end - window, 0) : done], ids[done:end]))
         done = end
-        tp.progress(f"\r{done}/{len(ids)}: perplexity {math.exp(-total / (done - 1)):.4f}", end="")
-    tp.progress()
+        tp.progress(f"{done}/{len(ids)}: perplexity {math.exp(-total / (done - 1)):.4f}", end="\r\n"[done == len(ids)])
     return total
 
 

@@ -2,11 +2,10 @@
 
 python scripts/verify.py                              the default model, four minutes on 2 cores
 python scripts/verify.py --precision fp32 --size 4    four times the requests, every batch size from 1 to 50
-python scripts/verify.py --nproc 3                    three processes that share the model, against one
+torchrun --nproc_per_node 3 scripts/verify.py         three processes that share the model, against one
 All flags of generate.py that choose a model or a device apply. A comparison is one completion, its tokens and the exact
 bits of its logprobs, against the same request alone with nothing varied. Exit status 1 where the flag does not hold."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -17,14 +16,10 @@ from tests import contract  # noqa: E402
 
 
 def main() -> int:
-    args, off, failed = generate.parse_args(size=1, nproc=1), {}, False
-    if args.nproc > 1 == tp.world:
-        run = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}", "--", *sys.argv]
-        os.execv(sys.executable, [sys.executable, *run])
+    args, off, failed = generate.parse_args(size=1), {}, False
     args.deterministic = False
-    for name, found, _ in contract.promises(*contract.prepare(args)):
-        off[name] = found
-        tp.progress(f"flag off, {name}: {found}")
+    for name, off[name], _ in contract.promises(*contract.prepare(args)):
+        tp.progress(f"flag off, {name}: {off[name]}")
     print("| what varies | flag off: differ of compared, first token | flag on |\n|---|---|---|")
     args.deterministic = True
     _, model, requests = contract.prepare(args)

@@ -228,7 +228,7 @@ def test_linear_in_tiles(safe, beside, leaves, monkeypatch):
     x = randn(129, 192, seed=6, dtype=BF16)
     want = whole(packed, x)
     monkeypatch.setattr(kernels, "safe_rows", lambda n, k, dtype, copies, threads: safe if copies == 1 else beside)
-    together = lambda weight: leaves > 1 and weight is packed.weight
+    together = lambda weight: leaves > 1 and weight is packed.stacked
     counted = lambda x, weight, *bias: sizes.append((len(x), together(weight))) or product(x, weight, *bias)
     monkeypatch.setattr(kernels, "product", counted)
     for n in (1, 2, 8, 17, 50, 129):
@@ -282,7 +282,7 @@ class Case:
         self.k, self.v = (randn(rows, length, heads, head_dim, seed=seed + i, dtype=dtype) for i in (1, 2))
 
     def cache(self, length=None):
-        rows, length, heads, head_dim = *self.k.shape[:1], length or -(-self.length // 64) * 64, *self.k.shape[2:]
+        rows, length, heads, head_dim = *self.k.shape[:1], length or -(-self.length // 512) * 512, *self.k.shape[2:]
         return [torch.zeros(rows, heads, length, head_dim, dtype=self.dtype) for _ in "kv"]
 
     def piece(self, ops, cache, start, end, extra=0):
@@ -300,7 +300,7 @@ class Case:
 
     def run(self, ops, sizes, extra=0):
         """All tokens, in pieces of these sizes, the last size over and over."""
-        cache, out, start, sizes = self.cache(-(-self.length // 64) * 64 + extra), [], 0, list(sizes)
+        cache, out, start, sizes = self.cache(-(-(self.length + extra) // 512) * 512), [], 0, list(sizes)
         while start < self.length:
             end = min(start + (sizes.pop(0) if len(sizes) > 1 else sizes[0]), self.length)
             out.append(self.piece(ops, cache, start, end, extra))
@@ -461,6 +461,17 @@ def test_attention_one_by_one(dtype, length, monkeypatch):
     monkeypatch.setattr(kernels, "attend_safely", lambda *args: calls.append(1) or slow(*args))
     assert torch.equal(case.run(BATCH_INVARIANT, sizes), want) and len(calls) == 21
     assert not torch.equal(case.run(TWO_RECIPES, sizes), want)
+
+
+@dtypes
+def test_recipe_sees_spans(dtype, monkeypatch):
+    """A span over which keys are added up backwards is not used, and the others are."""
+    sdpa, recipe = kernels.sdpa, kernels.recipe.__wrapped__
+    backwards = lambda q, k, v, bias, scale: sdpa(q, k.flip(2), v.flip(2), bias.flip(4), scale)
+    spans = lambda: getattr(recipe(1, 2, 64, 3, dtype, torch.get_num_threads()), "keywords", {"spans": []})["spans"]
+    want = spans()
+    monkeypatch.setattr(kernels, "sdpa", lambda q, k, *args: (backwards if k.shape[2] == 128 else sdpa)(q, k, *args))
+    assert spans() == [span for span in want if span != 128]
 
 
 @pytest.mark.parametrize("mask_mod", [causal, WINDOW], ids=["causal", "window"])
