@@ -54,7 +54,7 @@ def opaque(schema: str, fake: Callable) -> Callable:
     def register(impl: Callable) -> Callable:
         name = schema.partition("(")[0]
         _lib.define(schema)
-        _lib.impl(name, impl, "CompositeExplicitAutograd")
+        _lib.impl(name, lambda *args: impl(*args).contiguous(), "CompositeExplicitAutograd")  # as its fake has it
         torch.library.register_fake(f"gpt_exact::{name}", fake, lib=_lib)
         op = getattr(torch.ops.gpt_exact, name).default
         return lambda *args: op(*args) if torch.compiler.is_compiling() else impl(*args)
@@ -77,7 +77,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, op=torch.ops.
 class Packed:
     """A weight in its kernel's layout, which Inductor cannot trace through: a graph names the weight by an integer."""
 
-    parts, opaque = 1, True  # the leaves that `products` hands back side by side, to be added
+    parts, opaque = 1, True  # the leaves in what `products` returns: [..., N], or several, to be added
     parts_dtype, partial = None, False  # the type of leaves, None: as the input; whether other ranks have more of them
     table: dict[int, "Packed"] = weakref.WeakValueDictionary()  # or a mixture; forgets it when its layer dies
     handles = itertools.count()  # alike in every run, so that compiled graphs are found in Inductor's cache
@@ -96,18 +96,18 @@ class Packed:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x W^T + b, in the type of x; in fp32 where it is a sum of leaves, whose additions a compiler may see."""
-        if not self.opaque:
-            return self.products(x)
-        y = opaque_linear(x, self.handle, self.parts * self.out_features, self.parts_dtype)
-        return y if self.parts == 1 else add_leaves(y.view(*x.shape[:-1], self.parts, -1), self.bias)
+        traced, sizes = torch.compiler.is_compiling(), (self.parts, self.out_features)[self.parts == 1 :]
+        y = opaque_linear(x, self.handle, sizes, self.parts_dtype) if traced and self.opaque else self.products(x)
+        return y if self.parts == 1 else add_leaves(y, self.bias)
 
 
-like_linear = lambda x, handle, n, dtype: x.new_empty(*x.shape[:-1], n, dtype=dtype)
+like_linear = lambda x, handle, sizes, dtype: x.new_empty(*x.shape[:-1], *sizes, dtype=dtype)
 
 
-@opaque("linear(Tensor x, int handle, int n, ScalarType? dtype) -> Tensor", like_linear)
-def opaque_linear(x, handle, n, dtype):
-    return Packed.table[handle].products(x)
+@opaque("linear(Tensor x, int handle, int[] sizes, ScalarType? dtype) -> Tensor", like_linear)
+def opaque_linear(x, handle, sizes, dtype):
+    y = Packed.table[handle].products(x)
+    return torch.stack(y, dim=-2) if isinstance(y, list) else y
 
 
 def dense_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, dtype: torch.dtype):
@@ -141,12 +141,12 @@ def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale: float, tokens=1, spans=
     if T_more := -T % tokens:  # the last token again, as often
         q_BGTRD, bias = (torch.cat([x] + [x[:, :, -1:]] * T_more, dim=2) for x in (q_BGTRD, bias))
     if T == 1 or q_BTHD.is_cuda:  # on a GPU, nobody may wait for `limit_T`
-        return sdpa(q_BGTRD, k_BGLD, v_BGLD, bias, scale)[:, :, :T].transpose(1, 2).flatten(2).contiguous()
+        return sdpa(q_BGTRD, k_BGLD, v_BGLD, bias, scale)[:, :, :T].transpose(1, 2).flatten(2)
     for start in range(0, T, size):
         now = slice(start, start + size)
         span = fit(int(limit_T[now].max()))
         parts += [sdpa(q_BGTRD[:, :, now], k_BGLD[:, :, :span], v_BGLD[:, :, :span], bias[:, :, now, :, :span], scale)]
-    return torch.cat(parts, dim=2)[:, :, :T].transpose(1, 2).flatten(2).contiguous()  # as its fake has it
+    return torch.cat(parts, dim=2)[:, :, :T].transpose(1, 2).flatten(2)
 
 
 def sdpa(q_BGTRD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -204,12 +204,13 @@ def leaf_count(n_kv_heads: int, in_features: int, multiple: int = 32) -> int:
     return count
 
 
-def add_leaves(parts_MGN: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Leaves and then the bias, added in fp32, a power of two of them as a binary tree, else from left to right."""
-    parts_MGN = parts_MGN.float()
-    while parts_MGN.shape[-2] % 2 == 0:
-        parts_MGN = parts_MGN[..., ::2, :] + parts_MGN[..., 1::2, :]
-    return functools.reduce(torch.add, [*parts_MGN.unbind(-2)] + ([] if bias is None else [bias]))
+def add_leaves(leaves: Tensor | list[Tensor], bias: Tensor | None = None) -> Tensor:
+    """[..., N]: leaves [..., parts, N], or a list, and then the bias, added in fp32, a power of two of them as a binary
+    tree, else from left to right."""
+    leaves = leaves.unbind(-2) if isinstance(leaves, Tensor) else leaves
+    while len(leaves) % 2 == 0:
+        leaves = [a.float() + b for a, b in zip(leaves[::2], leaves[1::2], strict=True)]
+    return functools.reduce(torch.add, [leaves[0].float(), *leaves[1:]] + ([] if bias is None else [bias]))
 
 
 def one_thread() -> contextlib.ExitStack:
@@ -227,16 +228,15 @@ def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tu
     return tuple(F.pad(torch.cat(z, -1)[..., order], (0, K % 2)).to(dtype) for z in ((a, a), (b, -b)))
 
 
-def in_tiles(x_MK: Tensor, weight: Tensor, safe: range, bias: Tensor | None = None) -> Tensor:
+def in_tiles(x: Tensor, weight: Tensor, safe: range, bias: Tensor | None = None) -> Tensor:
     """A product of as many rows at a time as are safe; where none are, the reference: one thread, tiles of 16 rows."""
-    M = len(x_MK)
-    if M in safe:
-        return product(x_MK, weight, bias)
-    if safe:  # a row that is left over may not be alone, where another kernel would take it
-        more = lambda x: F.pad(x, (0, 0, 0, max(safe[0] - len(x), 0)))
-        return torch.cat([product(more(x), weight, bias)[: len(x)] for x in x_MK.split(safe[-1])])
-    with one_thread():
-        return torch.cat([product(x, weight, bias) for x in F.pad(x_MK, (0, 0, 0, -M % 16)).split(16)])[:M]
+    if x.shape[:-1].numel() in safe:
+        return product(x, weight, bias)
+    least, most = (safe[0], safe[-1]) if safe else (16, 16)  # fewer might be given to another kernel
+    with contextlib.nullcontext() if safe else one_thread():
+        more = lambda tile: F.pad(tile, (0, 0, 0, max(least - len(tile), 0)))
+        y = [product(more(tile), weight, bias)[: len(tile)] for tile in x.flatten(0, -2).split(most)]
+    return torch.cat(y).view(*x.shape[:-1], -1)
 
 
 @functools.cache
@@ -263,15 +263,15 @@ class LeafPacked(Packed):
             self.nbytes += weight.nbytes
 
     def products(self, x: Tensor) -> Tensor:
-        (N, K, dtype), G, M, threads = self.shape, self.parts, x.shape[:-1].numel(), torch.get_num_threads()
-        if self.stacked is not None and M * G <= (48 if AMX else 24) and M * G in safe_rows(N, K, dtype, G, threads):
+        (N, K, dtype), G, threads = self.shape, self.parts, torch.get_num_threads()
+        rows, safe = x.shape[:-1].numel() * G, safe_rows(N, K, dtype, 1, threads)
+        if G == 1:
+            return in_tiles(x, *self.leaves, safe, self.bias)
+        if self.stacked is not None and rows <= (48 if AMX else 24) and rows in safe_rows(N, K, dtype, G, threads):
             # A few rows: one product, of all leaves of the weight and of the rows, is cheap to make and quick to call.
-            y = product(x.reshape(M * G, K), self.stacked).view(M, G, G, N).diagonal(dim1=1, dim2=2).transpose(1, 2)
-        else:
-            safe, bias = safe_rows(N, K, dtype, 1, threads), self.bias if G == 1 else None
-            y = [in_tiles(*pair, safe, bias) for pair in zip(x.reshape(M, G * K).chunk(G, 1), self.leaves, strict=True)]
-            y = torch.cat(y, dim=1) if G > 1 else y[0]
-        return y.reshape(*x.shape[:-1], G * N)
+            y = product(x.unflatten(-1, (G, K)), self.stacked).unflatten(-1, (G, N))
+            return list(y.diagonal(dim1=-3, dim2=-2).unbind(-1))
+        return [in_tiles(*pair, safe) for pair in zip(x.chunk(G, -1), self.leaves, strict=True)]
 
 
 # Opaque is what a compiler reorders or rounds in its own way: sums and exp. So are torch.sqrt and pow, but not rsqrt.
@@ -286,8 +286,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (gate / (1 + exp(-gate)) * up).to(gate_up.dtype)
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = gate.float()
+    return (gate / exp(-gate).add_(1)).mul_(up).to(gate_up.dtype)
 
 
 def attend_safely(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale):
@@ -426,7 +427,7 @@ class TritonPacked(Packed):
         sizes = M, N, K, leaf, group, K // self.weight.shape[1], math.gcd(128 // x.itemsize, leaf, group)
         launch = next(launch for most, launch in self.LAUNCHES.items() if M <= most)
         grid = -(-N // launch["BLOCK_N"]), -(-M // launch["BLOCK_M"]), leaves
-        y = x.new_empty(*x.shape[:-1], leaves * N, dtype=self.parts_dtype)
+        y = x.new_empty(*x.shape[:-1], *(leaves, N)[leaves == 1 :], dtype=self.parts_dtype)
         args = x_MK, self.weight, self.scale, self.zero, self.bias if leaves == 1 else None, y
         kernels.linear[grid](*args, *sizes, **launch, enable_fp_fusion=False)
         return y

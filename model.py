@@ -259,7 +259,7 @@ class Mixture(Layer):
         Packed.table[self.handle] = self
 
     def forward(self, x: Tensor) -> Tensor:
-        return opaque_linear(x, self.handle, self.config.dim, torch.float32)
+        return opaque_linear(x, self.handle, (self.config.dim,), torch.float32)
 
     def products(self, x_BTD: Tensor) -> Tensor:
         """Only experts that are chosen are read, each once for all its tokens. K experts a token."""
@@ -311,10 +311,13 @@ class Transformer(nn.Module):
         highest. Their keys and values are written to the cache, which must hold every earlier position."""
         # A CPU is faster at whole blocks of keys. A CUDA graph needs one shape: every step looks over the whole cache.
         span = -(-end // 64) * 64 if self.device.type == "cpu" else cache[0][0].shape[2]
-        args = (pos_BT, span, self.heads, self.dtype)
-        masks = {window: self.ops.mask(mask_mod, *args) for window, mask_mod in self.mask_mods.items()}
+        masks = {w: self.ops.mask(mod, pos_BT, span, self.heads, self.dtype) for w, mod in self.mask_mods.items()}
         one, several = (self.decode_stack, self.verify_stack) if decode else (self.stack, self.prefill_stack)
         return (one if tokens_BT.shape[1] == 1 else several)(tokens_BT, pos_BT, masks, cache, last)
+
+    # CPython keeps frames in blocks of 16 KB. Where one ends amid the calls of a step, each maps and unmaps memory: up
+    # to twice the time, by how deep the caller is. A frame this large begins a block that has room for them all.
+    forward.__code__ = forward.__code__.replace(co_stacksize=1 << 14)
 
     def stack(self, tokens_BT: Tensor, pos_BT: Tensor, masks: dict, cache: KVCache, last: bool) -> Tensor:
         """Every layer and the head: all that torch.compile gets to see."""

@@ -50,12 +50,12 @@ class Int8Linear(Packed):
         x_GK = x.unflatten(-1, (self.parts, -1)).float()
         step = x_GK.abs().amax(-1, keepdim=True).clamp(min=1e-30) * (1 / 127)
         high = (x_GK := x_GK / step).round()
-        codes = torch.stack((high, ((x_GK - high) * 254).round()), dim=-3)
+        codes = torch.stack((high, (x_GK - high).mul_(254).round_()), dim=-3)
         codes = (codes + 128).to(torch.uint8) if AMX else codes
-        sums = opaque_linear(codes.flatten(0, -2), self.handle, self.parts * self.out_features, torch.float32)
+        sums = opaque_linear(codes.flatten(0, -2), self.handle, (self.parts * self.out_features,), torch.float32)
         sums = sums.view(*codes.shape[:-1], self.parts, -1).diagonal(dim1=-3, dim2=-2).transpose(-1, -2)
         high, low = sums.unbind(-3)
-        y = add_leaves((high + low * (1 / 254)) * step, self.bias)
+        y = add_leaves((low * (1 / 254)).add_(high).mul_(step), self.bias)
         return y if self.parts > 1 or self.partial else y.to(x.dtype)
 
 
@@ -81,7 +81,7 @@ class Int4Linear(Packed):
 
     def pack(self, weight: Tensor, leaves: int, scale: Tensor, zero: Tensor) -> None:
         self.parts, self.leaves = max(leaves, 1), []
-        self.many = math.inf if leaves or torch.backends.cpu.get_cpu_capability() != "AVX512" else 32 if AMX else 64
+        self.many = math.inf if leaves or torch.backends.cpu.get_cpu_capability() != "AVX512" else 32 if AMX else 80
         self.group = 2 * weight.shape[1] // scale.shape[1]
         for part in zip(*(x.chunk(self.parts, dim=1) for x in (weight, scale, zero)), strict=True):
             codes, scale, zero = (F.pad(x, (0, 0, 0, -len(x) % 64)) for x in part)
@@ -95,12 +95,11 @@ class Int4Linear(Packed):
         if len(x_MK) >= self.many:
             y = [x_MK @ self.expanded(x.dtype)]
         else:
-            x_PMK = x_MK.view(-1, self.parts, x.shape[-1] // self.parts).transpose(0, 1).contiguous()
-            pairs = zip(x_PMK.unbind(), self.leaves, strict=True)
-            y = [op(x_MK, codes, self.group, grid.to(x.dtype)) for x_MK, (codes, grid) in pairs]
+            pairs = zip(x_MK.chunk(self.parts, dim=1) if self.parts > 1 else [x_MK], self.leaves, strict=True)
+            y = [op(part.contiguous(), codes, self.group, grid.to(x.dtype)) for part, (codes, grid) in pairs]
         y = [leaf[:, :N] for leaf in y] if N % 64 else y
-        y = torch.cat(y, dim=1) if self.parts > 1 else y[0] if self.bias is None else (y[0] + self.bias).to(x.dtype)
-        return y.view(*x.shape[:-1], -1)
+        y = [leaf.view(*x.shape[:-1], -1) for leaf in y]
+        return y if self.parts > 1 else y[0] if self.bias is None else (y[0] + self.bias).to(x.dtype)
 
     def expanded(self, dtype: torch.dtype) -> Tensor:
         """The weight [K, N] out of the kernel's layout with AVX-512, where a byte holds rows i and i + 32 of 64."""
