@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -652,3 +653,30 @@ def test_loading_holds_one_model(default_checkpoint):
     assert after >= 0.9 * nbytes + before  # else the samples or model.nbytes do not say what they should
     tensors = load_file(default_checkpoint / "model.safetensors")
     assert nbytes == sum(t.numel() * (4 if t.dim() == 1 else 2) for t in tensors.values())
+
+
+def most_faults(model):
+    """The page faults of a step of 1000 calls, one after another: the most that come of how deep its caller is."""
+    nested = lambda n: n and nested(n - 1)
+    model.prefill_stack = lambda *args: [nested(5) for _ in range(1000)]
+    tokens, cache = torch.zeros(1, 2, dtype=torch.int64), model.new_cache(1, 2)
+
+    def at(depth):
+        if depth:
+            return at(depth - 1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        model(tokens, tokens, cache, 2)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    at(0)
+    return max(map(at, range(200)))
+
+
+@pytest.mark.skipif(sys.platform != "linux" or sys.version_info < (3, 11), reason="how CPython keeps frames there")
+def test_a_step_has_a_block_of_frames_to_itself(config_json, monkeypatch):
+    """And the negative control: without it there is a depth at which each call takes memory and gives it back."""
+    model = Transformer(ModelConfig.from_file(config_json()), FAST, CPU, torch.float32)
+    assert most_faults(model) < 100
+    as_written = Transformer.forward.__code__.replace(co_stacksize=12)
+    monkeypatch.setattr(Transformer.forward, "__code__", as_written)
+    assert most_faults(model) >= 1000
