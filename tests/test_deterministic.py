@@ -388,6 +388,18 @@ def test_attention_long(dtype, group, mask_mod):
     assert not torch.equal(case.run(TWO_RECIPES, sizes), case.run(TWO_RECIPES, [620]))
 
 
+@pytest.mark.parametrize("group", [1, 3, 5, 7])
+@dtypes
+def test_attention_of_any_number_of_tokens(dtype, group):
+    """Whatever number of rows is left over after whole tiles: at every length, the last token as it is alone."""
+    case = Case(dtype, 2, group, 64, 150)
+    want, lengths = case.run(BATCH_INVARIANT, [1]), range(2, 151)
+    last = lambda ops, n: case.piece(ops, case.cache(), 0, n)[:, -1]
+    assert [n for n in lengths if not torch.equal(last(BATCH_INVARIANT, n), want[:, n - 1])] == []
+    alone = case.run(TWO_RECIPES, [1])
+    assert any(not torch.equal(last(TWO_RECIPES, n), alone[:, n - 1]) for n in lengths)
+
+
 @pytest.mark.parametrize("ops", [FAST, BATCH_INVARIANT], ids=["fast", "invariant"])
 @dtypes
 def test_attention_is_laid_out_as_its_fake_says(dtype, ops, monkeypatch):
@@ -472,7 +484,7 @@ def test_attention_one_by_one(dtype, length, monkeypatch):
 def test_recipe_sees_spans(dtype, monkeypatch):
     """A span over which keys are added up backwards is not used, and the others are."""
     sdpa, recipe = kernels.sdpa, kernels.recipe.__wrapped__
-    backwards = lambda q, k, v, bias, scale: sdpa(q, k.flip(2), v.flip(2), bias.flip(4), scale)
+    backwards = lambda q, k, v, bias, *args: sdpa(q, k.flip(2), v.flip(2), bias.flip(4), *args)
     spans = lambda: getattr(recipe(1, 2, 64, 3, dtype, torch.get_num_threads()), "keywords", {"spans": []})["spans"]
     want = spans()
     monkeypatch.setattr(kernels, "sdpa", lambda q, k, *args: (backwards if k.shape[2] == 128 else sdpa)(q, k, *args))
