@@ -136,8 +136,7 @@ def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale: float, tokens=1, spans=
     T, L, size, parts = len(limit_T), fit(bias.shape[-1]), 128 // tokens * tokens, []
     k_BGLD, v_BGLD = k_BGLD[:, :, :L], v_BGLD[:, :, :L]
     q_BGTRD = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2)
-    if L > bias.shape[-1]:
-        bias = F.pad(bias, (0, L - bias.shape[-1]), value=float("-inf"))
+    bias = F.pad(bias, (0, L - bias.shape[-1]), value=float("-inf")) if L > bias.shape[-1] else bias
     if T_more := -T % tokens:  # the last token again, as often
         q_BGTRD, bias = (torch.cat([x] + [x[:, :, -1:]] * T_more, dim=2) for x in (q_BGTRD, bias))
     if T == 1 or q_BTHD.is_cuda:  # on a GPU, nobody may wait for `limit_T`
@@ -189,10 +188,10 @@ FAST = Ops(
     linear=lambda x, packed: packed(x),
     rms_norm=lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps),
     silu_mul=lambda gate_up: F.silu(gate_up[..., : gate_up.shape[-1] // 2]) * gate_up[..., gate_up.shape[-1] // 2 :],
-    mask=dense_mask,
-    attention=fast_attention,
+    mask=lambda mod, pos, *rest: mod.window if pos.is_cuda and hasattr(mod, "window") else dense_mask(mod, pos, *rest),
+    attention=lambda *args: (triton_attention if isinstance(args[6], int) else fast_attention)(*args),
     log_softmax=lambda logits: F.log_softmax(logits, dim=-1, dtype=torch.float32),
-    compile_options={"size_asserts": False, "alignment_asserts": False},
+    compile_options={"size_asserts": False, "alignment_asserts": False, "coordinate_descent_tuning": True},
 )
 
 
@@ -338,22 +337,26 @@ def triton_kernels() -> SimpleNamespace:
 
     # What varies from call to call is not specialized: another layout may add up in another order.
     @triton.jit(do_not_specialize=["M"])
-    def linear(x, w, scale, zero, bias, y, M, N, K, leaf, GROUP: tl.constexpr, PER_BYTE: tl.constexpr,
-               BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    def linear(x, w, scale, grid, bias, y, M, N, K, leaf, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
         """One leaf of one tile of y. The weight is the left operand, where wgmma wants 64 rows: it serves every M."""
         n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
         m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[None, :]
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for start in range(tl.program_id(2) * leaf, (tl.program_id(2) + 1) * leaf, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            a = tl.load(x + m * K + k[:, None], mask=m < M, other=0)
-            b = tl.load(w + n * (K // PER_BYTE) + k[None, :] // PER_BYTE, mask=n < N, other=0)
-            if scale is not None:
-                b = ((b >> (k[None, :] % 2 * 4)) & 15 if PER_BYTE == 2 else b).to(tl.float32)
-                group = n * (K // GROUP) + start // GROUP
-                b -= 0 if zero is None else tl.load(zero + group, mask=n < N, other=0).to(tl.float32)
-                b = (b * tl.load(scale + group, mask=n < N, other=0).to(tl.float32)).to(a.dtype)
-            acc = tl.dot(b, a, acc, input_precision="ieee")
+            a = tl.load(x + m * K + start + tl.arange(0, BLOCK_K)[:, None], mask=m < M, other=0)
+            if grid is None:
+                b = tl.load(w + n * K + start + tl.arange(0, BLOCK_K)[None, :], mask=n < N, other=0)
+            else:  # 4 bits, of one group or several
+                GROUPS: tl.constexpr = (BLOCK_K + GROUP - 1) // GROUP
+                b = tl.load(w + (n * K + start) // 2 + tl.arange(0, BLOCK_K // 2)[None, :], mask=n < N, other=0)
+                at = n * (K // GROUP) + start // GROUP + tl.arange(0, GROUPS)[None, :]
+                pair = tl.load(grid + at, mask=n < N, other=0)[:, :, None]
+                zeros = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                b = tl.interleave(b & 15, b >> 4).to(tl.float32).reshape(BLOCK_N, GROUPS, BLOCK_K // GROUPS)
+                b = ((b - zeros) * (pair << 16).to(tl.float32, bitcast=True)).reshape(BLOCK_N, BLOCK_K)
+            acc = tl.dot(b.to(a.dtype), a, acc, input_precision="ieee")
+        acc *= 1 if scale is None else tl.load(scale + n, mask=n < N, other=0).to(tl.float32)
         acc += 0 if bias is None else tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
         y += (m * tl.num_programs(2) + tl.program_id(2)) * N + n
         tl.store(y, acc.to(y.dtype.element_ty), mask=(m < M) & (n < N))
@@ -413,25 +416,28 @@ class TritonPacked(Packed):
 
     parts_dtype = property(lambda self: torch.float32 if self.parts > 1 or self.partial else None)
     LAUNCHES = {  # by the most rows M; only what changes no bits. Shared memory fits 99 KB, which is sm_89
-        16: {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4},
-        64: {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4},
-        math.inf: {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
+        16: {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+        64: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
+        math.inf: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
     }
 
     def pack(self, weight, leaves, scale=None, zero=None):
-        self.weight, self.parts, self.scale, self.zero = weight.contiguous(), max(leaves, 1), scale, zero
+        self.weight, self.parts, self.scale, self.grid = weight.contiguous(), max(leaves, 1), scale, None
+        if zero is not None:  # with the scale as one number, since a kernel loads no smaller ones ahead
+            pairs = torch.stack((scale.bfloat16().view(torch.int16), zero.half().view(torch.int16)), dim=-1)
+            self.scale, self.grid = None, pairs.view(torch.int32).squeeze(-1)
 
     def products(self, x):
-        kernels, N, K, leaves = triton_kernels(), self.out_features, x.shape[-1], self.parts
-        x_MK, group = x.reshape(-1, K).contiguous(), K if self.scale is None else K // self.scale.shape[1]
-        M, leaf = len(x_MK), K // leaves
-        # No block straddles a leaf or a group.
-        sizes = M, N, K, leaf, group, K // self.weight.shape[1], math.gcd(128 // x.itemsize, leaf, group)
+        N, K, M, leaves = self.out_features, x.shape[-1], x.shape[:-1].numel(), self.parts
         launch = next(launch for most, launch in self.LAUNCHES.items() if M <= most)
-        grid = -(-N // launch["BLOCK_N"]), -(-M // launch["BLOCK_M"]), leaves
+        # No block straddles a leaf.
+        block = math.gcd(min(128 // self.weight.itemsize, launch["BLOCK_K"] * 2 // x.itemsize), K // leaves)
+        programs = -(-N // launch["BLOCK_N"]), -(-M // launch["BLOCK_M"]), leaves
         y = x.new_empty(*x.shape[:-1], *(leaves, N)[leaves == 1 :], dtype=self.parts_dtype)
-        args = x_MK, self.weight, self.scale, self.zero, self.bias if leaves == 1 else None, y
-        kernels.linear[grid](*args, *sizes, **launch, enable_fp_fusion=False)
+        args = x.contiguous(), self.weight, self.scale, self.grid, self.bias if leaves == 1 else None, y
+        sizes = M, N, K, K // leaves, 1 if self.grid is None else K // self.grid.shape[1]
+        options = launch | {"BLOCK_K": block, "enable_fp_fusion": False}
+        triton_kernels().linear[programs](*args, *sizes, **options)
         return y
 
 
@@ -446,16 +452,16 @@ def window_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor,
 def triton_attention(q, k, v, k_cache, v_cache, pos, window, scale):
     write_cache(k, v, k_cache, v_cache, pos)
     (B, T, H, D), (_, G, L, _), q, pos = q.shape, k_cache.shape, q.contiguous(), pos.contiguous()
-    blocks, splits, y, parts = -(-T * H // G // 64), -(-L // SPLIT), q.new_empty(B, T, H * D), None
+    tile = 64 if D * q.itemsize <= 256 else 32  # shared memory and registers hold no more
+    blocks, splits, y, parts = -(-T * H // G // tile), -(-L // SPLIT), q.new_empty(B, T, H * D), None
     launches = [(k_cache, y, 1)]
     if blocks == 1 < splits:  # a program would be alone with them all: one for each, and one that adds them up
         parts = q.new_empty(B * T * H, splits, D + 2, dtype=torch.float32)
         launches = [(k_cache, None, splits), (None, y, 1)]
-    sizes = T, L, window, scale * math.log2(math.e), G, H // G, D, SPLIT, max(16, 1 << (D - 1).bit_length()), 64
+    sizes = T, L, window, scale * math.log2(math.e), G, H // G, D, SPLIT, max(16, 1 << (D - 1).bit_length()), tile
     options = {"num_warps": 4, "num_stages": 2 if q.itemsize == 2 else 1, "enable_fp_fusion": False}
     for keys, out, programs in launches:
-        args = q, keys, v_cache, pos, parts, out
-        triton_kernels().attention[blocks, B * G, programs](*args, *sizes, **options)
+        triton_kernels().attention[blocks, B * G, programs](q, keys, v_cache, pos, parts, out, *sizes, **options)
     return y
 
 

@@ -120,16 +120,13 @@ def parts(mode: str | None, weight: Tensor, group_size: int) -> dict[str, Tensor
 
 def pack(ops: Ops, weight: Tensor, bias: Tensor | None = None, leaves: int = 1, **grid: Tensor) -> Packed:
     """What `parts` makes, in the layout of the kernel that an op table has for it."""
-    if not grid:
-        return ops.pack(weight, bias, leaves)
     kind = TritonPacked if weight.is_cuda else Int4Linear if "zero" in grid else Int8Linear
-    return kind(weight, bias, leaves if ops.exact else 0, *grid.values())
+    return kind(weight, bias, leaves if ops.exact else 0, *grid.values()) if grid else ops.pack(weight, bias, leaves)
 
 
 def main() -> None:
     args = generate.parse_args(mode="", out="")
-    if args.mode not in LINEARS:
-        generate.refuse("expected --mode int8 or --mode int4")
+    args.mode in LINEARS or generate.refuse("expected --mode int8 or --mode int4")
     download.write_quantized(args.checkpoint_path or download.DEFAULT, args.out, args.mode, args.group_size)
 
 

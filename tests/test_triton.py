@@ -4,6 +4,9 @@ GPU (conftest.py switches it on), with a dot that adds as a GPU does."""
 import functools
 import itertools
 import math
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,7 +106,7 @@ def quantized(N, K, bits, group, with_zero):
     """A random weight of TritonPacked's layout, and what it stands for, in fp32."""
     low, high = (0, 16) if bits == 4 else (-128, 128)
     q = torch.randint(low, high, (N, K)).to(DEVICE)
-    scale = (torch.rand(N, K // group) + 0.5).to(DEVICE) / high
+    scale = ((torch.rand(N, K // group) + 0.5).to(DEVICE) / high).bfloat16().float()
     zero = torch.randint(low, high, (N, K // group)).float().to(DEVICE) if with_zero else None
     spread = lambda per_group: per_group.repeat_interleave(group, dim=1)
     weight = (q.float() - (spread(zero) if with_zero else 0)) * spread(scale)
@@ -114,16 +117,35 @@ def quantized(N, K, bits, group, with_zero):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
     ("bits", "group", "leaves", "with_zero"),
-    [(8, 256, 1, False), (8, 256, 2, False), (8, 32, 8, False), (4, 32, 2, True), (4, 64, 1, True), (4, 128, 2, False)],
+    [(8, 256, 1, False), (8, 256, 2, False), (8, 256, 8, False), (4, 32, 2, True), (4, 64, 1, True), (4, 128, 2, True)],
 )
-def test_quantized_linear_is_the_linear_of_the_rounded_weight(bits, group, leaves, with_zero, dtype):
+def test_quantized_linear_is_the_linear_of_its_weight(bits, group, leaves, with_zero, dtype):
     q, scale, zero, weight = quantized(70, 256, bits, group, with_zero)
-    for M in (1, 18):
+    for M in (1, 18, 70):
         x, bias = randn(M, 256, dtype=dtype), randn(70, dtype=dtype)
         y = TritonPacked(q, bias, leaves, scale, zero)(x)
-        assert_close(y, x.double() @ weight.to(dtype).double().T + bias.double())
-        if group >= 64:  # or the blocks along K are shorter
+        rounded = weight.to(dtype) if bits == 4 else weight  # 8 bits are scaled after their sum, in fp32
+        assert_close(y, x.double() @ rounded.double().T + bias.double())
+        if bits == 4:
             assert same(y, TritonPacked(weight.to(dtype), bias, leaves)(x))
+
+
+@pytest.mark.parametrize("arch", [89, 90])
+def test_kernels_compile_for_real_cards(arch):
+    """For an L4 and an H100, though none is here: they fit the shared memory of the smallest, what a product reads
+    is on its way before it is wanted, and at every number of rows it is added by one kind of instruction."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.path.dirname(kernels.__file__)
+    command = [sys.executable, os.path.join(os.path.dirname(__file__), "compile_triton.py"), str(arch)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line.split("|") for line in done.stdout.splitlines()]
+    assert len(rows) == 4 * 3 + 2 * 3
+    for kernel, name, which, shared, ahead, late, kinds in rows:
+        assert int(shared) <= 99 << 10, (kernel, name, which, shared)
+        if kernel == "linear" and name != "fp32":  # which has no such instructions
+            assert int(ahead) > 0 and int(late) == 0, (name, which, ahead, late)
+            assert kinds == ("wgmma.mma_async k16" if arch == 90 else "mma k16"), (name, which, kinds)
 
 
 def probe(values, leaves, K):
