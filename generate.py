@@ -2,10 +2,10 @@
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,10 +17,9 @@ import tp
 from kernels import BATCH_INVARIANT, FAST
 from model import InputError, ModelConfig, Transformer, load_checkpoint, refuse, refusing
 from scripts import bench, download, prompts
-from scripts.prompts import Request, Tokenizer, make_requests, message, read_requests, resume
+from scripts.prompts import Completion, Request, Tokenizer, make_requests, message, read_requests, resume
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-LINE = "id sample prompt prompt_ids text tokens logprobs finish_reason prompt_tokens seed".split()  # of --json
 WORD = 0xFFFFFFFF
 agreement = lambda a, b: [*map(int.__eq__, a, b), False].index(False)  # how many ids two texts begin with alike
 
@@ -68,12 +67,12 @@ class Sampler:
         self.rows += [torch.tensor([noise_key(r.seed, r.sample) for r in rows], device=device)]
         self.k, self.nucleus = max(r.top_k for r in rows), any(r.top_p < 1 for r in rows)
 
-    def __call__(self, logits_NV: Tensor, pos_N: Tensor) -> Tensor:
+    def __call__(self, logits_NV: Tensor, pos_N: Tensor, rows: list[Tensor] | None = None) -> Tensor:
         """Tokens [N] for absolute positions from fp32 logits, N / B for each row in turn: the argmax of logits
         / temperature + Gumbel noise over the ids that top-k, then top-p keep, the lowest id on a tie."""
         values, ids = top(logits_NV, self.k)
-        temperature_N1, top_k_N1, top_p_N1, key_N2 = (x.repeat_interleave(len(pos_N) // len(x), 0) for x in self.rows)
-        scaled = (values - values[:, :1]) / temperature_N1
+        temp_N1, top_k_N1, top_p_N1, key_N2 = (x.repeat_interleave(len(pos_N) // len(x), 0) for x in rows or self.rows)
+        scaled = (values - values[:, :1]) / temp_N1
         keep = torch.arange(ids.shape[1], device=ids.device) < top_k_N1
         if self.nucleus:
             weight = (scaled.exp() * keep * 2.0**40).long()  # fixed point: integers add up alike in any order
@@ -83,40 +82,15 @@ class Sampler:
         return torch.where(score == score.amax(-1, keepdim=True), ids, logits_NV.shape[-1]).amin(-1)
 
 
-class Completion:
-    """A request and what came of it so far; `finish_reason` is None while it runs."""
+def logprobs(model: Transformer, logits: Tensor, ids: Tensor) -> Tensor:
+    """Of ids, shaped as the rows of the logits."""
+    return model.ops.log_softmax(logits).gather(-1, ids[..., None])[..., 0]
 
-    def __init__(self, request: Request, tokenizer: Tokenizer):
-        self.request, self.tokenizer, self.eos_ids = request, tokenizer, () if request.ignore_eos else tokenizer.eos_ids
-        self.ids, self.tokens, self.logprobs = list(request.prompt_ids), [], []
-        self.finish_reason = None if request.max_new_tokens else "length"  # the prompt fills the context
-        # `shown` characters of the text have been returned, and it ends with the text of tokens[base:read].
-        self.text, self.shown, self.base, self.read = "", 0, 0, 0
 
-    def push(self, token: int, logprob: float) -> str:
-        """Add a drawn token; returns the text that became certain: no half characters, nothing of a stop string."""
-        self.ids.append(token)
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        stop, full = self.request.stop, len(self.tokens) >= self.request.max_new_tokens
-        self.finish_reason = "stop" if token in self.eos_ids else "length" if full else None
-        # A short window is enough: what a token adds depends on its neighbours only.
-        before, now = (self.tokenizer.decode(self.tokens[self.base : end]) for end in (self.read, None))
-        if self.finish_reason or not now.endswith("\ufffd"):
-            self.text += now[len(before) :]
-            self.base, self.read = self.read, len(self.tokens)
-        ends = [i for text in stop if (i := self.text.find(text, self.shown)) >= 0]
-        if ends:
-            self.text, self.finish_reason = self.text[: min(ends)], "stop"
-        elif not self.finish_reason:  # what may become a stop string is held back
-            ends = [i for i in range(self.shown, len(self.text)) if any(x.startswith(self.text[i:]) for x in stop)]
-        start, self.shown = self.shown, min(ends, default=len(self.text))
-        return self.text[start : self.shown]
-
-    def json(self) -> str:
-        known = vars(self.request) | vars(self) | {"prompt_tokens": len(self.request.prompt_ids)}
-        line = self.request.line or {name: known[name] for name in LINE}
-        return json.dumps(line | {"logprobs": self.logprobs}, ensure_ascii=False)
+def draw(model: Transformer, logits_BTV: Tensor, pos_BT: Tensor, sampler: Sampler, rows=None) -> tuple[Tensor, Tensor]:
+    """Tokens for those positions and their logprobs, both [B, T]."""
+    drawn_BT = sampler(logits_BTV.flatten(0, 1), pos_BT.flatten(), rows).view(pos_BT.shape)
+    return drawn_BT, logprobs(model, logits_BTV, drawn_BT)
 
 
 class Engine:
@@ -125,28 +99,41 @@ class Engine:
 
     def __init__(self, model, tokenizer: Tokenizer, batch_size: int, length: int, chunk=0, propose=None, k=0):
         self.model, self.tokenizer, self.chunk, self.propose, self.k = model, tokenizer, chunk or length, propose, k
-        # `took` are the seconds of a step that feeds so many tokens a slot, where they have been measured.
-        self.batch_size, self.cache, self.took = batch_size, model.new_cache(batch_size, length + k), {}
+        self.batch_size, self.cache, self.graphs = batch_size, model.new_cache(batch_size, length + k), {}  # of CUDA
         self.tokens, self.seconds = {"prefill": 0, "decode": 0, "new": 0}, {"prefill": 0.0, "decode": 0.0}
         self.steps, self.first_token_s, self.accept_counts = 0, 0.0, [0] * (k + 1 if k else 0)
-        self.failed = self.wait = 0  # what drafts in a row that did not pay have cost, and steps to take without drafts
+        # A round pays with so many accepted drafts in most slots. Where the last ones gained less, drafts that cost
+        # nothing are only compared with what comes, and others are made after longer and longer pauses.
+        self.cost, self.pays = hasattr(propose, "pays"), getattr(propose, "pays", 1)
+        self.gain, self.trial, self.failed, self.wait = self.pays * self.cost, [], 0, 0
 
-    def feed(self, tokens, starts: list[int], slot: int | None = None, last=False) -> Tensor:
-        """Feed every slot, or just one, its tokens from its start on; fp32 logits [B, T, V], T = 1 with `last`."""
-        T, cache = len(tokens[0]), self.cache if slot is None else [[x[slot, None] for x in kv] for kv in self.cache]
-        tokens_BT = torch.as_tensor(tokens, device=self.model.device)
-        pos_BT = torch.tensor([range(start, start + T) for start in starts], device=self.model.device)
-        return self.model(tokens_BT, pos_BT, cache, max(starts) + T, last, decode=slot is None)
+    def feed(self, ids: list[int], start: int, slot: int, last=False) -> Tensor:
+        """Feed a slot ids from a position on; fp32 logits [1, T, V], T = 1 with `last`."""
+        end, cache = start + len(ids), [[x[slot, None] for x in kv] for kv in self.cache]
+        tokens_BT, pos_BT = (torch.tensor([x], device=self.model.device) for x in (ids, range(start, end)))
+        return self.model(tokens_BT, pos_BT, cache, end, last)
 
     def prefill(self, ids: list[int], slot: int, start: int = 0) -> Tensor:
         """Feed a slot ids[start:] in chunks; the last logits [1, 1, V]."""
         for i in range(start, len(ids), self.chunk):
-            logits_BTV = self.feed([ids[i : i + self.chunk]], [i], slot, last=True)
+            logits_BTV = self.feed(ids[i : i + self.chunk], i, slot, last=True)
         return logits_BTV
 
-    def logprobs(self, logits: Tensor, ids: Tensor) -> list:
-        """Of ids, shaped as the rows of the logits."""
-        return self.model.ops.log_softmax(logits).gather(-1, ids[..., None])[..., 0].tolist()
+    def step(self, tokens, starts: list[int], sampler: Sampler) -> tuple[Tensor, Tensor]:
+        """Feed every slot its tokens from its start on and draw what follows each; on a GPU, compiled, as a CUDA graph:
+        all that a step launches, at once."""
+        T, model, cache = len(tokens[0]), self.model, self.cache
+        pos_BT = torch.tensor([range(start, start + T) for start in starts], device=model.device)
+        given = torch.as_tensor(tokens, device=model.device), pos_BT, *sampler.rows
+
+        def run(tokens_BT, pos_BT, *rows):  # not of this engine, which else were a cycle that keeps its cache alive
+            logits_BTV = model(tokens_BT, pos_BT, cache, max(starts) + T, decode=True)
+            return draw(model, logits_BTV, pos_BT + 1, sampler, rows)
+
+        if model.graphed and (key := (pos_BT.shape, sampler.k, sampler.nucleus)) not in self.graphs:
+            self.graphs[key] = torch.cuda.make_graphed_callables(run, tuple(x.clone() for x in given))
+        # What a graph returns is overwritten by its next replay.
+        return [x.clone() for x in self.graphs[key](*given)] if model.graphed else run(*given)
 
     @torch.inference_mode()
     def generate(self, requests: list[Request]) -> Iterator[tuple[Completion, str]]:
@@ -161,35 +148,38 @@ class Engine:
                     continue
                 slots[slot], batch, phase = completion, [completion], "prefill"
                 sampler = Sampler([completion.request], self.model.device)
-                logits_BTV = self.prefill(completion.ids, slot)
+                pos_BT = torch.tensor([[len(completion.ids)]], device=self.model.device)
+                drawn_BT, logprobs_BT = draw(self.model, self.prefill(completion.ids, slot), pos_BT, sampler)
                 self.tokens["prefill"] += len(completion.ids)
             else:
                 if phase == "prefill":  # since the last step a slot has changed hands
                     phase, sampler = "decode", Sampler([c and c.request for c in slots], self.model.device)
                 if self.propose and not self.wait:
                     drafts = self.propose(slots, sampler, self.k) or drafts
+                if drafts[0] and not self.cost and self.gain < self.pays:
+                    self.trial = [(c, len(c.ids), draft) for c, draft in zip(slots, drafts, strict=True) if c]
+                    self.wait, drafts = min(round(2 * self.pays), self.k), [[]] * self.batch_size
                 # An idle slot computes at position 0, which its next prompt overwrites.
                 batch, fed = slots, [[c.tokens[-1] if c else 0, *drafts[i]] for i, c in enumerate(slots)]
-                logits_BTV = self.feed(fed, [len(c.ids) - 1 if c else 0 for c in slots])
+                drawn_BT, logprobs_BT = self.step(fed, [len(c.ids) - 1 if c else 0 for c in slots], sampler)
                 self.steps, self.wait = self.steps + 1, max(self.wait - 1, 0)
-            T = logits_BTV.shape[1]
-            pos_N = [(len(c.ids) if c else 1) + t for c in batch for t in range(T)]
-            drawn_BT = sampler(logits_BTV.flatten(0, 1), torch.tensor(pos_N, device=self.model.device)).view(-1, T)
-            rows = batch, drafts, drawn_BT.tolist(), self.logprobs(logits_BTV, drawn_BT)
+            lengths, rows = [c and len(c.ids) for c in batch], (batch, drafts, drawn_BT.tolist(), logprobs_BT.tolist())
             self.first_token_s = self.first_token_s or time.perf_counter() - began
             self.seconds[phase] += time.perf_counter() - start
             for completion, draft, drawn, logprobs in [row for row in zip(*rows, strict=False) if row[0]]:
                 for token, logprob in zip(drawn[: agreement(draft, drawn) + 1], logprobs, strict=False):
                     if not completion.finish_reason:
                         yield completion, completion.push(token, logprob)
-            made = [len(c.ids) - before for c, before in zip(batch, pos_N[::T], strict=True) if c]
+            made = [len(c.ids) - before for c, before in zip(batch, lengths, strict=True) if c]
             self.tokens["new"] += sum(made)
             self.tokens["decode"] += sum(made) if phase == "decode" else 0
-            if T > 1:  # after rounds without `pays` accepted drafts a completion, longer and longer pauses
-                pays = getattr(self.propose, "pays", self.took.get(T, 2) / self.took.get(1, 1) - 1)
+            if drafts[0]:
                 self.accept_counts = [count + made.count(n) for n, count in enumerate(self.accept_counts, start=1)]
-                self.failed = 0 if sum(made) >= (1 + pays) * len(made) else self.failed + max(round(pays), 1)
-                self.wait = min(2**self.failed // 4, 64)
+            trial = [agreement(draft, c.ids[start:]) for c, start, draft in self.trial if not self.wait]
+            if accepted := [n - 1 for n in made if drafts[0]] or trial:
+                self.gain, self.trial = (self.gain + sorted(accepted)[(len(accepted) - 1) // 2]) / 2, []
+                self.failed = 0 if self.gain >= self.pays else self.failed + max(round(self.pays), 1)
+                self.wait = min(2**self.failed // 4, 64) if self.cost else 0
             slots = [None if c and c.finish_reason else c for c in slots]
 
     @torch.inference_mode()
@@ -199,8 +189,8 @@ class Engine:
         ids, chunk, scores, start = prompt_ids + tokens, min(self.chunk, 512), [], time.perf_counter()
         for i in range(0, len(ids) - 1, chunk):
             targets_T = torch.tensor(ids[i + 1 : i + 1 + chunk], device=self.model.device)
-            logits_TV = self.feed([ids[i : i + len(targets_T)]], [i], slot=0)[0]
-            scores += (measure or self.logprobs)(logits_TV, targets_T)
+            logits_TV = self.feed(ids[i : i + len(targets_T)], i, slot=0)[0]
+            scores += measure(logits_TV, targets_T) if measure else logprobs(self.model, logits_TV, targets_T).tolist()
         self.tokens["prefill"] += len(ids)
         self.seconds["prefill"] += time.perf_counter() - start
         return scores[len(prompt_ids) - 1 :]
@@ -233,11 +223,9 @@ class DraftModel:
         # The last token but one may be a draft that was accepted, which nobody has read.
         drafts, fed = [], [ids[-2:] for ids in texts]
         for i in range(k):  # all on the device, which nobody waits for
-            ends = [len(ids) + i for ids in texts]
-            logits_BV = engine.feed(fed, [end - len(fed[0]) for end in ends])[:, -1]
-            drafts.append(sampler(logits_BV, torch.tensor(ends, device=logits_BV.device)))
-            fed = drafts[-1][:, None]
-        drafts = torch.stack(drafts, dim=1).tolist()
+            drawn_BT, _ = engine.step(fed, [len(ids) + i - len(fed[0]) for ids in texts], sampler)
+            drafts.append(fed := drawn_BT[:, -1:])
+        drafts = torch.cat(drafts, dim=1).tolist()
         self.read = [ids + draft[:-1] for ids, draft in zip(texts, drafts, strict=True)]
         return drafts
 
@@ -290,18 +278,16 @@ def parse_args(argv: list[str] | None = None, **own) -> argparse.Namespace:
     ranges = dict.fromkeys((*counts, "max_new_tokens", "top_k", "num_samples", "batch_size"), (1, 2**62))
     ranges |= {"prefill_chunk": (0, 2**62), "temperature": (0, 2**62), "top_p": (0, 1), "speculate_k": (1, 64)}
     for flag, (low, high) in ranges.items():
-        if not low <= (value := getattr(args, flag)) <= high:
-            refuse(f"--{flag} {value} is out of range, expected {low} to {high:g}")
+        value = getattr(args, flag)
+        low <= value <= high or refuse(f"--{flag} {value} is out of range, expected {low} to {high:g}")
     rivals = ["score interactive prompts_file prompt", "interactive prompts_file prompt json output"]
     rivals += ["random_weights checkpoint_path chat interactive", "prompts_file prompt"]
     rivals += ["prompt_lookup draft_checkpoint_path draft_quantize"]
     for flag, *others in map(str.split, rivals):
         if getattr(args, flag) and (given := [other for other in others if getattr(args, other)]):
             refuse(f"--{flag} excludes --{given[0]}")
-    if args.system and not (args.chat or args.interactive):
-        refuse("--system needs --chat or --interactive")
-    if args.top_p == 0 or "" in args.stop:
-        refuse("expected --top_p above 0 and some text after --stop")
+    args.chat or args.interactive or not args.system or refuse("--system needs --chat or --interactive")
+    args.top_p and "" not in args.stop or refuse("expected --top_p above 0 and some text after --stop")
     return args
 
 
@@ -328,13 +314,16 @@ def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> N
     """Make every global setting, after loading."""
     bench.tune_memory(model.device, huge_pages=compile_decode)
     options = model.ops.compile_options | {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    kept = {"fullgraph": True, "isolate_recompiles": True}  # the model never changes; its graphs are no other model's
-    if compile_prefill:
-        model.prefill_stack = torch.compile(model.stack, options=options, dynamic=True, **kept)
+
+    def compiled(code=Transformer.stack.__code__, **more):  # torch keeps graphs by code: a model has some of its own
+        stack = type(compiled)(code.replace(), Transformer.stack.__globals__).__get__(model)
+        return torch.compile(stack, fullgraph=True, options=options, **more)
+
+    model.prefill_stack = compiled(dynamic=True) if compile_prefill else model.stack
     if compile_decode:
+        model.decode_stack, model.verify_stack = compiled(), compiled()
         # A CUDA graph cannot ask which experts are chosen.
-        options = options | {"triton.cudagraphs": model.device.type == "cuda" and model.config.n_experts == 1}
-        model.decode_stack, model.verify_stack = (torch.compile(model.stack, options=options, **kept) for _ in range(2))
+        model.graphed = model.device.type == "cuda" and model.config.n_experts == 1
 
 
 @tp.agreed
@@ -354,13 +343,12 @@ def build(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, le
     engine = Engine(model, tokenizer, args.batch_size, length, args.prefill_chunk, propose, k)
     if args.compile or args.compile_prefill or args.deterministic or propose:
         tp.progress("compiling" if args.compile or args.compile_prefill else "probing")
+        rows = [Request(0, "", [], 0, 1, args.temperature, args.top_k, args.top_p)] * args.batch_size
+        step = lambda n: engine.step([[0] * n for _ in rows], [0] * len(rows), Sampler(rows, model.device))[0].tolist()
         with torch.inference_mode():
             engine.prefill([0] * 5, 0)
-            for width in sorted({1, k + 1}) * 3:  # as often as CUDA graphs need to be recorded
-                start = time.perf_counter()
-                engine.feed([[0] * width] * args.batch_size, [0] * args.batch_size)[0, 0, 0].item()
-                engine.took[width] = min(time.perf_counter() - start, engine.took.get(width, 1e9))
-    engine.took = tp.agreed(lambda: engine.took, alone=True)()
+            one, more = (min(timeit.repeat(lambda n=n: step(n), number=1)) for n in (1, k + 1))
+        engine.pays = tp.agreed(lambda: getattr(propose, "pays", more / one - 1), alone=True)()
     return engine
 
 

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -16,17 +17,6 @@ import quantize
 import tp
 from kernels import Ops, Packed, causal, leaf_count, opaque_linear, sliding_window
 
-# What sets a family apart, as entries of its config.json, and the settings that a kind of rope scaling needs.
-FAMILIES = {"LlamaForCausalLM": {"use_sliding_window": False}, "MistralForCausalLM": {"use_sliding_window": True}}
-FAMILIES |= {"Qwen2ForCausalLM": {"qkv_bias": True}, "Qwen3ForCausalLM": {"qk_norm": True}}
-FAMILIES |= {"Qwen3MoeForCausalLM": FAMILIES["Qwen3ForCausalLM"], "MixtralForCausalLM": {"norm_topk_prob": True}}
-FAMILIES["MixtralForCausalLM"] |= {"use_sliding_window": True, "ffn_names": ["block_sparse_moe", "w1", "w3", "w2"]}
-ROPE_TYPES = {"default": (), "linear": ("factor",)}
-ROPE_TYPES["llama3"] = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-SUPPORTED = {"architectures": FAMILIES, "hidden_act": ["silu"], "rope_type": ROPE_TYPES, "partial_rotary_factor": [1]}
-SUPPORTED |= {"quantization mode": [None, *quantize.LINEARS], "group_size": (32, 64, 128)}
-DEFAULTS = {"hidden_act": "silu", "partial_rotary_factor": 1, "rms_norm_eps": 1e-6, "num_experts_per_tok": 1}
-DEFAULTS["ffn_names"] = ["mlp", "gate_proj", "up_proj", "down_proj"]
 KVCache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, n_kv_heads, length, head_dim]
 called = lambda name: field(metadata={"name": name})  # by config.json, where that has another name for it
 
@@ -54,6 +44,12 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     with refusing(f"{path}: expected a JSON file", OSError, ValueError):
         raw = json.loads(path.read_text(encoding="utf-8")) if default is None or path.exists() else default
     return raw if isinstance(raw, dict) else refuse(f"{path}: expected a JSON object")
+
+
+# What sets a family apart, the settings of each kind of rope scaling, and more, all in the words of config.json.
+KNOWN = read_json(Path(__file__).parent / "scripts/configs/models.json")
+FAMILIES, ROPE_TYPES, MODES = KNOWN["families"], KNOWN["rope_types"], [None, *quantize.LINEARS]
+SUPPORTED = {"architectures": FAMILIES, "rope_type": ROPE_TYPES, "quantization mode": MODES} | KNOWN["supported"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,7 @@ class ModelConfig:
         """Read a Hugging Face config.json, of a model that is quantized while loading if a `mode` is given; raises
         InputError naming what is missing, wrong or not supported."""
         given = {name: value for name, value in read_json(path).items() if value is not None}
-        raw = DEFAULTS | {"num_experts": given.get("num_local_experts", 1)} | given
+        raw = KNOWN["defaults"] | {"num_experts": given.get("num_local_experts", 1)} | given
         fits = lambda value: type(value) is int and value > 0
         size = lambda name: raw[name] if fits(raw[name]) else refuse(f"{name} is {raw[name]}, expected an integer > 0")
         with refusing(str(path), LookupError, TypeError, AttributeError, ArithmeticError, ValueError):
@@ -115,8 +111,7 @@ class ModelConfig:
                 refuse("expected KV heads that divide the heads, an even head_dim and a layer_type for each layer")
             if config.experts_per_token > config.n_experts:
                 refuse(f"{config.experts_per_token} experts a token, expected at most the {config.n_experts} there are")
-            if mode and config.mode:
-                refuse(f"the checkpoint is {config.mode} already")
+            mode and config.mode and refuse(f"the checkpoint is {config.mode} already")
             return replace(config, mode=mode, group_size=group_size) if mode else config
 
 
@@ -266,8 +261,7 @@ class Mixture(Layer):
         add_up = lambda y_BTK: functools.reduce(torch.add, y_BTK.unbind(2))
         likeliest = self.router(x_BTD.float()).softmax(-1).sort(dim=-1, descending=True, stable=True)
         probs_BTK, chosen_BTK = (z[..., : self.config.experts_per_token] for z in likeliest)
-        if self.config.norm_topk_prob:
-            probs_BTK = probs_BTK / add_up(probs_BTK)[..., None]
+        probs_BTK = probs_BTK / add_up(probs_BTK)[..., None] if self.config.norm_topk_prob else probs_BTK
         y_BTKD = x_BTD.new_empty(*chosen_BTK.shape, self.config.dim, dtype=torch.float32)
         for i in chosen_BTK.unique().tolist():
             at, expert = (chosen_BTK == i).nonzero(as_tuple=True), self.experts[i]
@@ -299,6 +293,7 @@ class Transformer(nn.Module):
         self.rope = rope_table(config, config.context + 64).to(device)  # drafts may reach beyond the end
         self.mask_mods = {w: causal if w is None else sliding_window(w) for w in set(config.windows)}
         self.decode_stack = self.verify_stack = self.prefill_stack = self.stack  # what compiling replaces
+        self.graphed = False  # whether steps of decoding are CUDA graphs
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         """Zeroed, as 0 x NaN would poison a row; with a spare block, as graphs of a part do not fit the whole."""
@@ -331,7 +326,7 @@ class Transformer(nn.Module):
         return tp.all_gather(logits_BTV).movedim(0, -2).flatten(-2) if self.ranks > 1 else logits_BTV
 
 
-def load_checkpoint(model: Transformer, directory: Path) -> None:
+def load_checkpoint(model: Transformer, directory: Path, load: Callable = lambda layer, tensors: layer.load(tensors)):
     """Stream every tensor of a Hugging Face directory into place. All names and shapes are checked before the first
     weight is read; raises InputError that names the tensor or file."""
     index, slices, layers = directory / "model.safetensors.index.json", {}, model.takers
@@ -346,13 +341,12 @@ def load_checkpoint(model: Transformer, directory: Path) -> None:
     # Some files repeat a tied head, and the first Llama 2 exports store what config.json already says.
     known = shapes.keys() | {"lm_head.weight"} | {name for name in slices if name.endswith("rotary_emb.inv_freq")}
     for problem, names in (("missing", shapes.keys() - slices.keys()), ("not expected", slices.keys() - known)):
-        if names:
-            refuse(f"{directory}: tensor {min(names)} is {problem} ({len(names)} in all)")
+        names and refuse(f"{directory}: tensor {min(names)} is {problem} ({len(names)} in all)")
     for name, shape in shapes.items():
         stem, dtype, got = name.removesuffix("weight"), slices[name].get_dtype(), slices[name].get_shape()
         expected = "U8" if f"{stem}zero" in shapes else "I8" if f"{stem}scale" in shapes else "BF16, F16 or F32"
         if got != shape or dtype not in expected:
             refuse(f"{directory}: tensor {name} is {dtype} {got}, expected {expected} {shape}")
     for done, layer in enumerate(layers, start=1):
-        model.nbytes += layer.load([slices[name][:] for name in layer.shapes])
+        model.nbytes += load(layer, [slices[name][:] for name in layer.shapes])
         tp.progress(f"loading {done}/{len(layers)}", end="\r\n"[done == len(layers)])

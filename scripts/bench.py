@@ -2,7 +2,9 @@
 
 python scripts/bench.py --compile                                    the default model
 python scripts/bench.py --random_weights scripts/configs/Llama-3.1-8B.json --batches 1
-All flags of generate.py that choose a model or a way to run it apply; a figure is the median of --runs."""
+All flags of generate.py that choose a model or a way to run it apply. A figure is the median of --runs; of a step of
+decoding with --batches of slots after --contexts of tokens, or of the prefill of one of --prompts tokens. With
+--deterministic it is measured without and with the flag, in turns. --output FILE gets a line of JSON a row."""
 
 import ctypes
 import json
@@ -13,8 +15,6 @@ from pathlib import Path
 
 import torch
 
-PROMPT, CONTEXT, NEW = 500, 16, 128  # tokens: of a prompt to prefill, of a prompt to decode after, and decoded
-
 
 def read_bandwidth(device):
     """Bytes per second that a device reads from its memory: the best of five sums of 256 MB."""
@@ -24,22 +24,18 @@ def read_bandwidth(device):
 
 def peak_memory(device):
     """Bytes: CUDA's own peak; on Linux the anonymous memory now, without the mapped files that VmHWM counts."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    return int(status.read_text().split("RssAnon:")[1].split()[0]) << 10 if status.exists() else 0
+    status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else "RssAnon: 0"
+    anonymous = int(status.split("RssAnon:")[1].split()[0]) << 10
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else anonymous
 
 
-def measure(generate, model, batch_size, prompt, new, runs):
-    """Medians over engine runs of `batch_size` random prompts: [prefill tokens/s, decode tokens/s, first token s]."""
-    rates = []
-    for _ in range(runs + 1):
-        engine = generate.Engine(model, generate.Tokenizer(None), batch_size, prompt + new)
-        ids = torch.randint(model.config.vocab_size, (batch_size, prompt)).tolist()
-        list(engine.generate([generate.Request(i, "", row, max_new_tokens=new) for i, row in enumerate(ids)]))
-        speeds = [engine.tokens[phase] / (engine.seconds[phase] or 1) for phase in ("prefill", "decode")]
-        rates.append([*speeds, engine.first_token_s])
-    return list(map(statistics.median, zip(*rates[1:], strict=True)))  # the first only warms up and compiles
+def work(generate, model, kind, batch_size, tokens):
+    """A function that prefills so many tokens, or that takes a step of decoding after so many in every slot."""
+    engine = generate.Engine(model, generate.Tokenizer(None), batch_size, tokens + 1)
+    [x.normal_() for keys_and_values in engine.cache for x in keys_and_values]
+    sampler = generate.Sampler([generate.Request(0, "", [])] * batch_size, model.device)
+    step = lambda: engine.step([[0]] * batch_size, [tokens] * batch_size, sampler)[0].tolist()
+    return (lambda: engine.prefill([0] * tokens, 0).argmax().item()) if kind == "prefill" else step
 
 
 def tune_memory(device, huge_pages):
@@ -57,9 +53,9 @@ def tune_memory(device, huge_pages):
 
 def randomize(model, seed=0):
     """Fill a model with random weights (normal, 0.02; vectors one), where there is no checkpoint."""
-    generator = torch.Generator().manual_seed(seed)
+    how = {"generator": torch.Generator(model.device).manual_seed(seed), "device": model.device, "dtype": model.dtype}
     for layer in model.takers:
-        tensors = [torch.randn(shape, generator=generator, dtype=model.dtype) for shape in layer.shapes.values()]
+        tensors = [torch.randn(shape, **how) for shape in layer.shapes.values()]
         tensors = [t.mul_(0.02) if t.dim() > 1 else torch.ones_like(t) for t in tensors]
         model.nbytes += layer.load(tensors)
 
@@ -73,8 +69,7 @@ def report(engine, load_s, compile_s, as_json):
     stats |= {"load_s": load_s, "compile_s": compile_s, "new_tokens": new, "model_bytes": model.nbytes}
     stats |= {"bandwidth_gb_s": rate, "accept_counts": engine.accept_counts}
     stats |= {"peak_memory_gb": peak_memory(model.device) / 1e9, "deterministic": model.ops.exact}
-    if as_json:
-        print(json.dumps({"stats": stats}), flush=True)
+    as_json and print(json.dumps({"stats": stats}), flush=True)
     limit = read_bandwidth(model.device) / 1e9  # only now: it takes memory
     say = lambda text: print(text, file=sys.stderr)
     say(f"{new} tokens: decode {decode:.1f} tokens/s, prefill {prefill:.0f} tokens/s, first token after {first:.2f} s")
@@ -82,23 +77,33 @@ def report(engine, load_s, compile_s, as_json):
     say(f"load {load_s:.1f} s, compile {compile_s:.1f} s, weights {model.nbytes / 1e9:.2f} GB at {share}")
 
 
+@torch.inference_mode()
 def main():
-    args = generate.parse_args(batches="1,4,16", runs=5)
-    with generate.refusing("--batches is a list such as 1,4,16", ValueError):
-        batches = [int(n) for n in args.batches.split(",")]
-        min(batches) > 0 or generate.refuse(args.batches)
-    model, _ = generate.load(args)
-    generate.set_up(model, args.compile, args.compile_prefill)
-    limit = read_bandwidth(model.device)
-    how = f"{args.precision}, {'compiled' if args.compile else 'eager'}, {torch.get_num_threads()} threads"
-    print(f"{model.nbytes / 1e9:.2f} GB of weights, {how}; this machine reads {limit / 1e9:.1f} GB/s; medians\n")
-    print(f"| batch | prefill of {PROMPT}, tokens/s | first token, s | decode, tokens/s | GB/s | of the limit |")
-    print("|---|---|---|---|---|---|")
-    for batch_size in batches:
-        prefill, _, first = measure(generate, model, batch_size, PROMPT, 1, args.runs)
-        _, decode, _ = measure(generate, model, batch_size, CONTEXT, NEW, args.runs)
-        rate = model.nbytes * decode / batch_size  # each step reads all weights and gives every row a token
-        print(f"| {batch_size} | {prefill:.0f} | {first:.2f} | {decode:.1f} | {rate / 1e9:.1f} | {rate / limit:.0%} |")
+    args, models = generate.parse_args(batches="1,4,16", contexts="16", prompts="500", runs=5), []
+    with generate.refusing("--batches, --contexts and --prompts are lists such as 1,4,16", ValueError):
+        lists = [[int(n) for n in given.split(",")] for given in (args.batches, args.contexts, args.prompts)]
+        min(sum(lists, [])) > 0 or generate.refuse("0 or less")
+    for args.deterministic in [False, True][: 1 + args.deterministic]:  # noqa: B020
+        models.append(generate.load(args)[0])
+        generate.set_up(models[-1], args.compile, args.compile_prefill)
+    limit, size, config = read_bandwidth(models[0].device), models[0].nbytes, models[0].config
+    how = args.precision + ", compiled" * args.compile
+    print(f"{size / 1e9:.2f} GB of weights, {how}; this machine reads {limit / 1e9:.1f} GB/s; medians\n")
+    names = "what batch tokens tokens/s GB/s of_the_limit deterministic cost".split()[: 4 + 2 * len(models)]
+    print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
+    token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * models[0].dtype.itemsize  # bytes in the cache
+    for kind, batch, tokens in [("prefill", 1, n) for n in lists[2]] + [
+        ("decode", b, n) for n in lists[1] for b in lists[0]
+    ]:
+        number, works = 1 if kind == "prefill" else 32, [work(generate, model, kind, batch, tokens) for model in models]
+        # In turns; the first only warm up and compile.
+        times = [[timeit.timeit(run, number=number) / number for run in works] for _ in range(args.runs + 1)][1:]
+        off, *on = map(statistics.median, zip(*times, strict=True))
+        # Without `works`, their caches are freed before others are made.
+        new, rate, works = tokens if kind == "prefill" else batch, (size + batch * tokens * token) / off, None
+        row = [kind, batch, tokens, new / off, rate / 1e9, rate / limit] + [x for s in on for x in (new / s, s / off)]
+        print("| " + " | ".join(x if x is kind else f"{x:.4g}" for x in row) + " |", flush=True)
+        args.output and args.output.open("a").write(json.dumps(dict(zip(names, row, strict=True))) + "\n")
 
 
 if __name__ == "__main__":

@@ -48,14 +48,12 @@ def convert(path, out):
     print(f"converting {Path(path).name}", file=sys.stderr)
     for name, content in files.items():
         (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-    for n, t in enumerate(reader.tensors, 1):
+    for t in reader.tensors:
         w = gguf.dequantize(t.data, t.tensor_type)
         if ".attn_q." in t.name or ".attn_k." in t.name:  # RoPE turns rows 2i, 2i+1 here, i, i+d/2 at Hugging Face
             w = w.reshape(-1, files["config"]["head_dim"] // 2, 2, w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
         name = ".".join(x if x.isdigit() else GGUF["tensors"][x] for x in t.name.split("."))
         weights[name] = tensor(w, dtype=bfloat16)
-        if sys.stderr.isatty():
-            print(f"converted {n}/{len(reader.tensors)} tensors", end="\n\r"[n < len(reader.tensors)], file=sys.stderr)
     save_file(weights, out / "model.safetensors", {"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # safetensors leaves it closed to other users
 
@@ -96,8 +94,7 @@ def write_quantized(source, out, mode, group_size):
 
     config = ModelConfig.from_file(source / "config.json", mode, group_size)
     out, shard, written = Path(out or f"{source.resolve()}-{mode}" + f"-g{group_size}" * (mode == "int4")), {}, 0
-    if out.exists():
-        refuse(f"{out} exists: move it away or choose another --out")
+    out.exists() and refuse(f"{out} exists: move it away or choose another --out")
     model = Transformer(config, FAST, torch.device("cpu"), torch.bfloat16)
 
     def write(layer, tensors):
@@ -113,9 +110,7 @@ def write_quantized(source, out, mode, group_size):
 
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as tmp, torch.inference_mode():
         (work := Path(tmp, out.name)).mkdir()  # a TemporaryDirectory itself is closed to other users
-        for layer in model.takers:
-            layer.load = lambda tensors, layer=layer: write(layer, tensors)
-        load_checkpoint(model, source)
+        load_checkpoint(model, source, write)
         for path in [path for kind in ("json", "jinja", "model", "txt") for path in source.glob(f"*.{kind}")]:
             if path.name not in ("config.json", "model.safetensors.index.json"):
                 shutil.copy(path, work)

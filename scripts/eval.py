@@ -9,12 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate  # noqa: E402
-import tp  # noqa: E402
 
 
 def score(engine, ids: list[int], first: int) -> tuple[list[float], bool]:
     """As --score does, the logprobs of ids[first:], each after all before it; and whether all are the likeliest."""
-    both = lambda logits_TV, ids_T: zip(engine.logprobs(logits_TV, ids_T), logits_TV.argmax(-1) == ids_T, strict=True)
+    both = lambda x, ids: zip(generate.logprobs(engine.model, x, ids).tolist(), x.argmax(-1) == ids, strict=True)
     logprobs, likeliest = zip(*engine.score(ids[:first], ids[first:], both), strict=True)
     return list(logprobs), all(likeliest)
 
@@ -25,7 +24,9 @@ def log_likelihood(engine, ids: list[int], window: int, stride: int) -> float:
     for end in [*range(window, len(ids), stride), len(ids)]:
         total += math.fsum(engine.score(ids[max(end - window, 0) : done], ids[done:end]))
         done = end
-        tp.progress(f"{done}/{len(ids)}: perplexity {math.exp(-total / (done - 1)):.4f}", end="\r\n"[done == len(ids)])
+        generate.tp.progress(
+            f"{done}/{len(ids)}: perplexity {math.exp(-total / (done - 1)):.4f}", end="\r\n"[done == len(ids)]
+        )
     return total
 
 
@@ -75,8 +76,7 @@ def main() -> None:
         return print(run_tasks(engine, args.tasks, args.limit or None))
     with generate.refusing(f"--text {args.text} cannot be read", OSError, ValueError):
         ids = tokenizer.encode(Path(args.text).read_text(encoding="utf-8"))
-    if len(ids) < 2:
-        generate.refuse(f"--text {args.text} has {len(ids)} tokens, expected 2 or more")
+    len(ids) > 1 or generate.refuse(f"--text {args.text} has {len(ids)} tokens, expected 2 or more")
     total = log_likelihood(engine, ids, min(args.window, model.config.context), args.stride)
     rate = len(ids) / engine.seconds["prefill"]
     print(f"perplexity {math.exp(-total / (len(ids) - 1)):.4f} of {len(ids) - 1} tokens, {rate:.0f} tokens/s")

@@ -1,4 +1,5 @@
-"""What is asked for: the tokenizer, requests from the flags of generate.py and from files, a conversation."""
+"""What is asked for and what comes of it: the tokenizer, requests from the flags of generate.py and from files, their
+completions, a conversation."""
 
 import contextlib
 import json
@@ -17,6 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 import tp
 from model import ModelConfig, read_json, refuse, refusing
 
+LINE = "id sample prompt prompt_ids text tokens logprobs finish_reason prompt_tokens seed".split()  # of --json
 message = lambda role, text: {"role": role, "content": text}
 
 
@@ -89,6 +91,42 @@ class Tokenizer:
             return self.encode(template.render(tokens, messages=messages, add_generation_prompt=True), bos=False)
 
 
+class Completion:
+    """A request and what came of it so far; `finish_reason` is None while it runs."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer):
+        self.request, self.tokenizer, self.eos_ids = request, tokenizer, () if request.ignore_eos else tokenizer.eos_ids
+        self.ids, self.tokens, self.logprobs = list(request.prompt_ids), [], []
+        self.finish_reason = None if request.max_new_tokens else "length"  # the prompt fills the context
+        # `shown` characters of the text have been returned, and it ends with the text of tokens[base:read].
+        self.text, self.shown, self.base, self.read = "", 0, 0, 0
+
+    def push(self, token: int, logprob: float) -> str:
+        """Add a drawn token; returns the text that became certain: no half characters, nothing of a stop string."""
+        self.ids.append(token)
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        stop, full = self.request.stop, len(self.tokens) >= self.request.max_new_tokens
+        self.finish_reason = "stop" if token in self.eos_ids else "length" if full else None
+        # A short window is enough: what a token adds depends on its neighbours only.
+        before, now = (self.tokenizer.decode(self.tokens[self.base : end]) for end in (self.read, None))
+        if self.finish_reason or not now.endswith("\ufffd"):
+            self.text += now[len(before) :]
+            self.base, self.read = self.read, len(self.tokens)
+        ends = [i for text in stop if (i := self.text.find(text, self.shown)) >= 0]
+        if ends:
+            self.text, self.finish_reason = self.text[: min(ends)], "stop"
+        elif not self.finish_reason:  # what may become a stop string is held back
+            ends = [i for i in range(self.shown, len(self.text)) if any(x.startswith(self.text[i:]) for x in stop)]
+        start, self.shown = self.shown, min(ends, default=len(self.text))
+        return self.text[start : self.shown]
+
+    def json(self) -> str:
+        known = vars(self.request) | vars(self) | {"prompt_tokens": len(self.request.prompt_ids)}
+        line = self.request.line or {name: known[name] for name in LINE}
+        return json.dumps(line | {"logprobs": self.logprobs}, ensure_ascii=False)
+
+
 def make_requests(args, config: ModelConfig, tokenizer, entry: dict) -> list[Request]:
     """The samples of a prompt: its ids are given, random or its text's. Raises InputError."""
     text, ids = entry["prompt"], entry.get("prompt_ids")
@@ -142,8 +180,7 @@ def resume(path: Path | None, requests: list[Request]) -> list[Request]:
     with refusing(f"--output {path} holds more than completions, which would be lost", ValueError, KeyError, TypeError):
         done = {(entry["id"], entry["sample"]) for entry in map(json.loads, lines) if "stats" not in entry}
         b'{"id": '.startswith(torn[:7]) or refuse("its last line")
-    if torn:
-        os.truncate(path, path.stat().st_size - len(torn))
+    torn and os.truncate(path, path.stat().st_size - len(torn))
     return [r for r in requests if (r.id, r.sample) not in done]
 
 

@@ -11,18 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate  # noqa: E402
-import tp  # noqa: E402
 from tests import contract  # noqa: E402
 
 
 def main() -> int:
     args, off, failed = generate.parse_args(size=1), {}, False
-    args.deterministic = False
-    for name, off[name], _ in contract.promises(*contract.prepare(args)):
-        tp.progress(f"flag off, {name}: {off[name]}")
+    for name, off[name], _ in contract.promises(*contract.prepare(args, False)):
+        generate.tp.progress(f"flag off, {name}: {off[name]}")
     print("| what varies | flag off: differ of compared, first token | flag on |\n|---|---|---|")
-    args.deterministic = True
-    _, model, requests = contract.prepare(args)
+    args, model, requests = contract.prepare(args, True)
     for name, found, differs in contract.promises(args, model, requests):
         print(f"| {name} | {off[name]} | {found} |", flush=True)
         failed |= differs

@@ -41,8 +41,9 @@ def tally(alone: dict, answers: list[tuple]) -> tuple[str, bool]:
     return f"{len(first)} of {len(answers)}" + (f", {min(first)}" if first else ""), bool(first)
 
 
-def prepare(args) -> tuple:
+def prepare(args, deterministic: bool) -> tuple:
     """The arguments of `promises`: a model as the flags say, and requests with random prompts."""
+    args.deterministic = deterministic
     (model, _), draw = generate.load(args), torch.Generator().manual_seed(0)
     ids = [torch.randint(model.config.vocab_size, (n,), generator=draw).tolist() for n in LENGTHS * args.size]
     requests = [Request(i, "", row, max_new_tokens=NEW, **OPTIONS[i % 3]) for i, row in enumerate(ids)]

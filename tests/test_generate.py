@@ -6,14 +6,17 @@ import math
 import random
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
+import kernels
 from generate import Completion, Engine, Request, Sampler, Tokenizer
 from kernels import FAST
 from model import InputError, ModelConfig, Transformer, load_checkpoint
@@ -422,11 +425,65 @@ class Counted:
     def __init__(self, model):
         self.model, self.ops, self.device, self.config = model, model.ops, model.device, model.config
         self.new_cache, self.calls, self.fed = model.new_cache, {False: 0, True: 0}, {False: 0, True: 0}
+        self.graphed = False
 
     def __call__(self, tokens_BT, *args, decode=False, **options):
         self.calls[decode] += 1
         self.fed[decode] += tokens_BT.numel()
         return self.model(tokens_BT, *args, decode=decode, **options)
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph's stand-in: what runs while it is recorded runs again at replay, on the same tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        for func, args, kwargs, result in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(*([x] if isinstance(x, torch.Tensor) else x for x in (result, again)), strict=True):
+                if old.data_ptr() != new.data_ptr():  # no view of an older tensor
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_graphed_steps(tiny, monkeypatch, broken):
+    """Steps that are recorded once and replayed give what is given without: all that changes is among their inputs.
+    Control: a graph whose inputs are not refreshed."""
+    model, tokenizer = tiny
+    recorded = []
+
+    def graphed(step, given):
+        with (graph := Recording()):
+            outputs = step(*given)
+        recorded.append(graph)
+
+        def replay(*now):
+            if not broken:
+                [old.copy_(new) for old, new in zip(given, now, strict=True)]
+            graph.replay()
+            return outputs
+
+        return replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
+    requests = [replace(r, top_k=5 + 2 * (r.id % 2)) for r in mixed_requests()[:12]]
+    want = {key: c.tokens for key, c in complete(Engine(model, tokenizer, 3, 128), requests).items()}
+    # As on a GPU, every step looks over the whole cache.
+    whole = lambda mask_mod, pos, span, *rest: kernels.dense_mask(mask_mod, pos, 192, *rest)
+    monkeypatch.setattr(model, "ops", replace(model.ops, mask=whole))
+    monkeypatch.setattr(model, "graphed", True)
+    engine = Engine(model, tokenizer, 3, 128)
+    got = {key: c.tokens for key, c in complete(engine, requests).items()}
+    assert len(recorded) == len(engine.graphs) <= 4 < engine.steps
+    assert (got == want) is not broken
 
 
 def test_slots_refilled_at_once(tiny):
@@ -545,7 +602,7 @@ def test_eos_from_config(tiny_dir, tmp_path):
 class Scripted:
     """Stands in for a model: after a prompt of n tokens it says the script, token by token."""
 
-    ops, device = FAST, CPU
+    ops, device, graphed = FAST, CPU, False
 
     def __init__(self, script, n):
         self.script, self.n = script, n

@@ -31,10 +31,19 @@ def run(*argv):
 
 
 def test_bench(config):
-    done = run("scripts/bench.py", "--random_weights", config, "--batches", "1,2", "--runs", "1")
-    assert done.returncode == 0, done.stderr
-    rows = re.findall(r"^\| (\d+) \| (\d+) \| [\d.]+ \| ([\d.]+) \| [\d.]+ \| \d+% \|$", done.stdout, re.M)
-    assert [int(row[0]) for row in rows] == [1, 2] and all(float(x) > 0 for row in rows for x in row)
+    """A table of both kinds, without the flag and, if it is given, with it; the same as lines of JSON."""
+    flags = "--batches", "1,2", "--contexts", "16,200", "--prompts", "30", "--runs", "1"
+    for more, columns in ((), 6), (("--deterministic",), 8):
+        path = config.parent / f"{columns}.jsonl"
+        done = run("scripts/bench.py", "--random_weights", config, *flags, *more, "--output", path)
+        assert done.returncode == 0, done.stderr
+        rows = [row.strip("| ").split(" | ") for row in done.stdout.splitlines() if re.match(r"\| (pre|de)", row)]
+        asked = [("prefill", "1", "30"), *(("decode", b, n) for n in ("16", "200") for b in ("1", "2"))]
+        assert [tuple(row[:3]) for row in rows] == asked and all(len(row) == columns for row in rows)
+        assert all(float(x) > 0 for row in rows for x in row[3:])
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [[f"{x:.4g}" for x in list(line.values())[1:]] for line in lines] == [row[1:] for row in rows]
+        assert columns == 6 or all(abs(x["cost"] * x["deterministic"] / x["tokens/s"] - 1) < 1e-9 for x in lines)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def answers(model):
 def logits(model):
     """fp32 of a prompt, [T, V], after its first token."""
     engine = Engine(model, Tokenizer(None), 1, 96)
-    return engine.feed([requests()[1].prompt_ids], [0])[0]
+    return engine.feed(requests()[1].prompt_ids, 0, slot=0)[0]
 
 
 def load(folder, mode, exact, ranks=None):
@@ -85,7 +85,7 @@ def exchanges_of_a_token(model):
 
     tp.exchange = watched
     with torch.inference_mode():
-        engine.feed([[1]], [0])
+        engine.feed([1], 0, slot=0)
     tp.exchange = exchange
     return seen
 
