@@ -103,7 +103,7 @@ class Engine:
         self.tokens, self.seconds = {"prefill": 0, "decode": 0, "new": 0}, {"prefill": 0.0, "decode": 0.0}
         self.steps, self.first_token_s, self.accept_counts = 0, 0.0, [0] * (k + 1 if k else 0)
         # A round pays with so many accepted drafts in most slots. Where the last ones gained less, drafts that cost
-        # nothing are only compared with what comes, and others are made after longer and longer pauses.
+        # nothing are only compared with what comes, and others, checked from the start, are made after longer pauses.
         self.cost, self.pays = hasattr(propose, "pays"), getattr(propose, "pays", 1)
         self.gain, self.trial, self.failed, self.wait = self.pays * self.cost, [], 0, 0
 
@@ -347,7 +347,7 @@ def build(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, le
         step = lambda n: engine.step([[0] * n for _ in rows], [0] * len(rows), Sampler(rows, model.device))[0].tolist()
         with torch.inference_mode():
             engine.prefill([0] * 5, 0)
-            one, more = (min(timeit.repeat(lambda n=n: step(n), number=1)) for n in (1, k + 1))
+            one, more = (min(timeit.repeat(lambda n=n: step(n), repeat=3, number=1)) for n in (1, k + 1))
         engine.pays = tp.agreed(lambda: getattr(propose, "pays", more / one - 1), alone=True)()
     return engine
 

@@ -82,19 +82,19 @@ def main():
     args, models = generate.parse_args(batches="1,4,16", contexts="16", prompts="500", runs=5), []
     with generate.refusing("--batches, --contexts and --prompts are lists such as 1,4,16", ValueError):
         lists = [[int(n) for n in given.split(",")] for given in (args.batches, args.contexts, args.prompts)]
-        min(sum(lists, [])) > 0 or generate.refuse("0 or less")
     for args.deterministic in [False, True][: 1 + args.deterministic]:  # noqa: B020
         models.append(generate.load(args)[0])
         generate.set_up(models[-1], args.compile, args.compile_prefill)
     limit, size, config = read_bandwidth(models[0].device), models[0].nbytes, models[0].config
+    fit = 0 < min(sum(lists, [])) and max(lists[1] + lists[2]) < config.context
+    fit or generate.refuse(f"expected numbers of 1 or more, and fewer tokens than the context of {config.context}")
     how = args.precision + ", compiled" * args.compile
     print(f"{size / 1e9:.2f} GB of weights, {how}; this machine reads {limit / 1e9:.1f} GB/s; medians\n")
     names = "what batch tokens tokens/s GB/s of_the_limit deterministic cost".split()[: 4 + 2 * len(models)]
     print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
     token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * models[0].dtype.itemsize  # bytes in the cache
-    for kind, batch, tokens in [("prefill", 1, n) for n in lists[2]] + [
-        ("decode", b, n) for n in lists[1] for b in lists[0]
-    ]:
+    cells = [("prefill", 1, n) for n in lists[2]] + [("decode", b, n) for n in lists[1] for b in lists[0]]
+    for kind, batch, tokens in cells:
         number, works = 1 if kind == "prefill" else 32, [work(generate, model, kind, batch, tokens) for model in models]
         # In turns; the first only warm up and compile.
         times = [[timeit.timeit(run, number=number) / number for run in works] for _ in range(args.runs + 1)][1:]
