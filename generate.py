@@ -173,8 +173,7 @@ class Engine:
             made = [len(c.ids) - before for c, before in zip(batch, lengths, strict=True) if c]
             self.tokens["new"] += sum(made)
             self.tokens["decode"] += sum(made) if phase == "decode" else 0
-            if drafts[0]:
-                self.accept_counts = [count + made.count(n) for n, count in enumerate(self.accept_counts, start=1)]
+            self.accept_counts = [c + made.count(n) * bool(drafts[0]) for n, c in enumerate(self.accept_counts, 1)]
             trial = [agreement(draft, c.ids[start:]) for c, start, draft in self.trial if not self.wait]
             if accepted := [n - 1 for n in made if drafts[0]] or trial:
                 self.gain, self.trial = (self.gain + sorted(accepted)[(len(accepted) - 1) // 2]) / 2, []
@@ -313,6 +312,9 @@ def load(args: argparse.Namespace, ranks: int = tp.world) -> tuple[Transformer, 
 def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> None:
     """Make every global setting, after loading."""
     bench.tune_memory(model.device, huge_pages=compile_decode)
+    # Before, a CPU's code keeps fp32 where eager code rounds.
+    old = model.ops.exact and model.device.type == "cpu" and torch.__version__ < (2, 13)
+    old and (compile_decode or compile_prefill) and refuse("--deterministic with --compile needs PyTorch 2.13 on a CPU")
     options = model.ops.compile_options | {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
 
     def compiled(code=Transformer.stack.__code__, **more):  # torch keeps graphs by code: a model has some of its own

@@ -480,6 +480,6 @@ BATCH_INVARIANT = Ops(
     attention=lambda q, *args: triton_attention(q, *args) if q.is_cuda else attention(q, *args, True),
     # On a GPU, a block of threads adds up a row by the alignment of its first number.
     log_softmax=lambda x: FAST.log_softmax(F.pad(x, (0, -x.shape[-1] % 4), value=-math.inf))[..., : x.shape[-1]],
-    compile_options={"emulate_precision_casts": True},
+    compile_options={"emulate_precision_casts": True, "pattern_matcher": False},
     exact=True,
 )
