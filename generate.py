@@ -69,7 +69,8 @@ class Sampler:
 
     def __call__(self, logits_NV: Tensor, pos_N: Tensor, rows: list[Tensor] | None = None) -> Tensor:
         """Tokens [N] for absolute positions from fp32 logits, N / B for each row in turn: the argmax of logits
-        / temperature + Gumbel noise over the ids that top-k, then top-p keep, the lowest id on a tie."""
+        / temperature + Gumbel noise over the ids that top-k, then top-p keep, the lowest id on a tie. A CUDA
+        graph has `rows` of its own."""
         values, ids = top(logits_NV, self.k)
         temp_N1, top_k_N1, top_p_N1, key_N2 = (x.repeat_interleave(len(pos_N) // len(x), 0) for x in rows or self.rows)
         scaled = (values - values[:, :1]) / temp_N1
@@ -133,7 +134,7 @@ class Engine:
         if model.graphed and (key := (pos_BT.shape, sampler.k, sampler.nucleus)) not in self.graphs:
             self.graphs[key] = torch.cuda.make_graphed_callables(run, tuple(x.clone() for x in given))
         # What a graph returns is overwritten by its next replay.
-        return [x.clone() for x in self.graphs[key](*given)] if model.graphed else run(*given)
+        return tuple(x.clone() for x in self.graphs[key](*given)) if model.graphed else run(*given)
 
     @torch.inference_mode()
     def generate(self, requests: list[Request]) -> Iterator[tuple[Completion, str]]:
@@ -312,7 +313,7 @@ def load(args: argparse.Namespace, ranks: int = tp.world) -> tuple[Transformer, 
 def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> None:
     """Make every global setting, after loading."""
     bench.tune_memory(model.device, huge_pages=compile_decode)
-    # Before, a CPU's code keeps fp32 where eager code rounds.
+    # Until 2.13, code compiled for a CPU keeps fp32 where eager code rounds.
     old = model.ops.exact and model.device.type == "cpu" and torch.__version__ < (2, 13)
     old and (compile_decode or compile_prefill) and refuse("--deterministic with --compile needs PyTorch 2.13 on a CPU")
     options = model.ops.compile_options | {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}

@@ -86,7 +86,8 @@ def main():
         models.append(generate.load(args)[0])
         generate.set_up(models[-1], args.compile, args.compile_prefill)
     limit, size, config = read_bandwidth(models[0].device), models[0].nbytes, models[0].config
-    0 < min(sum(lists, [])) <= max(lists[1] + lists[2]) < config.context or generate.refuse("a number is out of range")
+    fit = 0 < min(sum(lists, [])) <= max(lists[1] + lists[2]) < config.context
+    fit or generate.refuse(f"expected --batches from 1, --contexts and --prompts from 1 to {config.context - 1} tokens")
     how = args.precision + ", compiled" * args.compile
     print(f"{size / 1e9:.2f} GB of weights, {how}; this machine reads {limit / 1e9:.1f} GB/s; medians\n")
     names = "what batch tokens tokens/s GB/s of_the_limit deterministic cost".split()[: 4 + 2 * len(models)]

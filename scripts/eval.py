@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate  # noqa: E402
+import tp  # noqa: E402
 
 
 def score(engine, ids: list[int], first: int) -> tuple[list[float], bool]:
@@ -24,9 +25,7 @@ def log_likelihood(engine, ids: list[int], window: int, stride: int) -> float:
     for end in [*range(window, len(ids), stride), len(ids)]:
         total += math.fsum(engine.score(ids[max(end - window, 0) : done], ids[done:end]))
         done = end
-        generate.tp.progress(
-            f"{done}/{len(ids)}: perplexity {math.exp(-total / (done - 1)):.4f}", end="\r\n"[done == len(ids)]
-        )
+        tp.progress(f"{done}/{len(ids)}: perplexity {math.exp(-total / (done - 1)):.4f}", end="\r\n"[done == len(ids)])
     return total
 
 

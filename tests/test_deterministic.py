@@ -6,6 +6,7 @@ import runpy
 import sys
 from dataclasses import replace
 from itertools import product as pairs
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import generate
 import kernels
 from generate import Engine, Request, Tokenizer
 from kernels import BATCH_INVARIANT, FAST, LeafPacked, add_leaves, causal, leaf_count, sliding_window
-from model import ModelConfig, Transformer
+from model import InputError, ModelConfig, Transformer
 from tests.contract import causal_flag, noise_by_row
 
 BF16, FP16, FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -559,6 +560,20 @@ def dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+def test_compiling_is_refused_where_it_changes_bits(monkeypatch):
+    """PyTorch before 2.13 drops roundings on a CPU: with the flag one line, without it as before."""
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.11.0+cu130"))
+    monkeypatch.setattr(torch, "compile", lambda stack, **options: stack)
+    args = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(n_experts=1), stack=None)
+    args.ops = FAST
+    generate.set_up(args, True, True)
+    args.ops = BATCH_INVARIANT
+    generate.set_up(args, False, False)
+    for flags in ((True, False), (False, True)):
+        with pytest.raises(InputError, match="PyTorch 2.13"):
+            generate.set_up(args, *flags)
 
 
 @needs_compiler
