@@ -69,8 +69,7 @@ class Sampler:
 
     def __call__(self, logits_NV: Tensor, pos_N: Tensor, rows: list[Tensor] | None = None) -> Tensor:
         """Tokens [N] for absolute positions from fp32 logits, N / B for each row in turn: the argmax of logits
-        / temperature + Gumbel noise over the ids that top-k, then top-p keep, the lowest id on a tie. A CUDA
-        graph has `rows` of its own."""
+        / temperature + Gumbel noise over the ids that top-k, then top-p keep, the lowest id on a tie."""
         values, ids = top(logits_NV, self.k)
         temp_N1, top_k_N1, top_p_N1, key_N2 = (x.repeat_interleave(len(pos_N) // len(x), 0) for x in rows or self.rows)
         scaled = (values - values[:, :1]) / temp_N1
