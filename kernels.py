@@ -258,21 +258,22 @@ class LeafPacked(Packed):
 
     def pack(self, weight: Tensor, leaves: int) -> None:
         parts, self.parts, self.stacked = weight.chunk(leaves, dim=1), leaves, None
+        self.parts_dtype = torch.float32 if leaves > 1 else None
         self.leaves, self.shape = list(map(blocked, parts)), (*parts[0].shape, weight.dtype)
         if leaves > 1 and weight.nbytes < 4 << 20:  # a large weight would not notice the 30 us a call that this saves
             self.stacked = blocked(torch.cat(parts))
             self.nbytes += weight.nbytes
 
     def products(self, x: Tensor) -> Tensor:
-        (N, K, dtype), G, threads = self.shape, self.parts, torch.get_num_threads()
-        rows, safe = x.shape[:-1].numel() * G, safe_rows(N, K, dtype, 1, threads)
-        if G == 1:
-            return in_tiles(x, *self.leaves, safe, self.bias)
+        (N, K, dtype), G, threads, rows = self.shape, self.parts, torch.get_num_threads(), x.numel() // self.shape[1]
         if self.stacked is not None and rows <= (48 if AMX else 24) and rows in safe_rows(N, K, dtype, G, threads):
             # A few rows: one product, of all leaves of the weight and of the rows, is cheap to make and quick to call.
-            y = product(x.unflatten(-1, (G, K)), self.stacked).unflatten(-1, (G, N))
-            return list(y.diagonal(dim1=-3, dim2=-2).unbind(-1))
-        return [in_tiles(*pair, safe) for pair in zip(x.chunk(G, -1), self.leaves, strict=True)]
+            y = product(x.reshape(*x.shape[:-1], G, K), self.stacked).view(*x.shape[:-1], G, G, N)
+            return y.diagonal(dim1=-3, dim2=-2).float().movedim(-1, -2)
+        safe = safe_rows(N, K, dtype, 1, threads)
+        if G == 1:
+            return in_tiles(x, *self.leaves, safe, self.bias)
+        return [in_tiles(*pair, safe).float() for pair in zip(x.chunk(G, -1), self.leaves, strict=True)]
 
 
 # Opaque is what a compiler reorders or rounds in its own way: sums and exp. So are torch.sqrt and pow, but not rsqrt.
@@ -283,12 +284,11 @@ vector_norm = opaque("vector_norm(Tensor x) -> Tensor", lambda x: torch.empty_li
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     length = vector_norm(x)
-    return x * (length * length * (1 / x.shape[-1]) + eps).rsqrt() * weight
+    return (x * (length * length * (1 / x.shape[-1]) + eps).rsqrt()).mul_(weight)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    gate = gate.float()
+    gate, up = gate_up.float().chunk(2, dim=-1)
     return (gate / exp(-gate).add_(1)).mul_(up).to(gate_up.dtype)
 
 
