@@ -486,12 +486,12 @@ def test_attention_one_by_one(dtype, length, monkeypatch):
 
 @dtypes
 def test_recipe_sees_spans(dtype, monkeypatch):
-    """A span over which keys are added up backwards is not used, and the others are."""
+    """A span over which keys are added up in another way is not used, and the others are."""
     sdpa, recipe = kernels.sdpa, kernels.recipe.__wrapped__
-    backwards = lambda q, k, v, bias, *args: sdpa(q, k.flip(2), v.flip(2), bias.flip(4), *args)
+    in_double = lambda q, *others: sdpa(q.double(), *(x.double() for x in others[:3]), *others[3:]).to(q.dtype)
     spans = lambda: getattr(recipe(1, 2, 64, 3, dtype, torch.get_num_threads()), "keywords", {"spans": []})["spans"]
     want = spans()
-    monkeypatch.setattr(kernels, "sdpa", lambda q, k, *args: (backwards if k.shape[2] == 128 else sdpa)(q, k, *args))
+    monkeypatch.setattr(kernels, "sdpa", lambda q, k, *args: (in_double if k.shape[2] == 128 else sdpa)(q, k, *args))
     assert spans() == [span for span in want if span != 128]
 
 
