@@ -61,7 +61,7 @@ class Sampler:
 
     def __init__(self, requests: list[Request | None], device: torch.device):
         likeliest = Request(0, "", [], temperature=1.0, top_k=1)  # what temperature 0 means
-        rows = [request if request and request.temperature else likeliest for request in requests]
+        rows = [request if request and request.temperature > 1e-30 else likeliest for request in requests]
         settings = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float64}
         self.rows = [torch.tensor([[getattr(r, n)] for r in rows], device=device, dtype=d) for n, d in settings.items()]
         self.rows += [torch.tensor([noise_key(r.seed, r.sample) for r in rows], device=device)]
@@ -258,7 +258,7 @@ def parse_args(argv: list[str] | None = None, **own) -> argparse.Namespace:
     add("--ignore_eos", action="store_true", help="go on past the end token")
     add("--batch_size", **count, default=1, help="slots that prompts stream through (%(default)s)")
     add("--prefill_chunk", **count, default=0, help="feed prompts in chunks of N; 0: whole")
-    add("--speculate_k", **count, default=5, help="drafts a round of the two following (%(default)s)")
+    add("--speculate_k", **count, default=5, help="drafts a round, by one of the next three (%(default)s)")
     add("--draft_checkpoint_path", type=Path, metavar="DIR", help="speculate: a smaller model drafts")
     add("--draft_quantize", choices=quantize.LINEARS, help="speculate: that model, or the model itself, quantized")
     add("--prompt_lookup", action="store_true", help="speculate: draft what followed the same words before")
@@ -275,7 +275,7 @@ def parse_args(argv: list[str] | None = None, **own) -> argparse.Namespace:
     args.device += f":{os.environ.get('LOCAL_RANK')}" if tp.world > 1 and args.device == "cuda" else ""
     counts = [name for name, default in own.items() if type(default) is int and default]
     ranges = dict.fromkeys((*counts, "max_new_tokens", "top_k", "num_samples", "batch_size"), (1, 2**62))
-    ranges |= {"prefill_chunk": (0, 2**62), "temperature": (0, 2**62), "top_p": (0, 1), "speculate_k": (1, 64)}
+    ranges |= {"prefill_chunk": (0, 2**62), "temperature": (0, 2**62), "top_p": (1e-9, 1), "speculate_k": (1, 64)}
     for flag, (low, high) in ranges.items():
         value = getattr(args, flag)
         low <= value <= high or refuse(f"--{flag} {value} is out of range, expected {low} to {high:g}")
@@ -286,7 +286,7 @@ def parse_args(argv: list[str] | None = None, **own) -> argparse.Namespace:
         if getattr(args, flag) and (given := [other for other in others if getattr(args, other)]):
             refuse(f"--{flag} excludes --{given[0]}")
     args.chat or args.interactive or not args.system or refuse("--system needs --chat or --interactive")
-    args.top_p and "" not in args.stop or refuse("expected --top_p above 0 and some text after --stop")
+    "" in args.stop and refuse("expected some text after --stop")
     return args
 
 
@@ -357,7 +357,6 @@ def build(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, le
 def run(engine: Engine, requests: list[Request], args: argparse.Namespace) -> None:
     """Print completions as they come, or those read, with logprobs by prefill; each is appended to --output."""
     as_json, end = args.json or args.score, "\n\n"[: len(requests)]
-    streaming = engine.batch_size == 1 and not as_json
     with open((not tp.rank and args.output) or os.devnull, "a", encoding="utf-8") as file:
         for completion, text in engine.generate(requests):
             done, lead = completion.finish_reason, "" if args.chat else completion.request.prompt
@@ -366,7 +365,7 @@ def run(engine: Engine, requests: list[Request], args: argparse.Namespace) -> No
                 completion.logprobs = engine.score(read["prompt_ids"], read["tokens"])
             if done:
                 print(completion.json(), file=file, flush=True)
-            if streaming:
+            if engine.batch_size == 1 and not as_json:
                 print(text if len(completion.tokens) > 1 else lead + text, end=end if done else "", flush=True)
             elif done:
                 print(completion.json() if as_json else lead + completion.text + end[1:], flush=True)
@@ -395,12 +394,12 @@ def command(main: Callable) -> None:
     try:
         tp.start()
         status = main() or 0
-    except (InputError, OSError, UnicodeError) as e:
-        tp.say("error:", *str(e).split())
-        status = 2
+        print(end="", flush=True)
+    except (InputError, OSError, UnicodeError, MemoryError, RecursionError, torch.OutOfMemoryError) as e:
+        tp.say("error:", *(str(e) or "out of memory").split())
+        status, sys.stdout = 2, None  # an orderly end would once more print what could not be printed
     except KeyboardInterrupt:
         status = 130
-    sys.stdout.flush(), sys.stderr.flush()
     (os._exit if tp.world > 1 else sys.exit)(status)  # of several ranks, gloo's threads may abort an orderly end
 
 

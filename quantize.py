@@ -76,8 +76,7 @@ class Int4Linear(Packed):
             now = (w - (codes - zero) * scale).square().sum(-1, keepdim=True), codes, scale, zero
             best = [torch.where(now[0] < best[0], *pair) for pair in zip(now, best, strict=True)] if best else now
         _, codes, scale, zero = (x.flatten(1) for x in best)
-        codes = codes.to(torch.uint8)
-        return {"weight": codes[:, ::2] | codes[:, 1::2] << 4, "scale": scale, "zero": zero}
+        return {"weight": (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8), "scale": scale, "zero": zero}
 
     def pack(self, weight: Tensor, leaves: int, scale: Tensor, zero: Tensor) -> None:
         self.parts, self.leaves = max(leaves, 1), []

@@ -112,8 +112,7 @@ def write_quantized(source, out, mode, group_size):
         (work := Path(tmp, out.name)).mkdir()  # a TemporaryDirectory itself is closed to other users
         load_checkpoint(model, source, write)
         for path in [path for kind in ("json", "jinja", "model", "txt") for path in source.glob(f"*.{kind}")]:
-            if path.name not in ("config.json", "model.safetensors.index.json"):
-                shutil.copy(path, work)
+            path.name == "model.safetensors.index.json" or shutil.copy(path, work)
         raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
         raw["quantization_config"] = {"quant_method": "gpt-exact", "mode": mode, "group_size": group_size}
         (work / "config.json").write_text(json.dumps(raw, indent=2) + "\n")

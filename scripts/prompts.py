@@ -50,12 +50,12 @@ class Tokenizer:
             return
         self.settings = read_json(directory / "tokenizer_config.json", {})
         config = read_json(directory / "config.json", {}) | read_json(directory / "generation_config.json", {})
-        eos = config.get("eos_token_id")
-        self.eos_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
         jinja, given = directory / "chat_template.jinja", self.settings.get("chat_template")
-        given = {t["name"]: t["template"] for t in given}.get("default") if isinstance(given, list) else given
-        self.template = jinja.read_text() if jinja.exists() else given
-        with refusing(f"{directory}: expected a readable tokenizer.json or tokenizer.model", Exception):
+        with refusing(f"{directory}: expected readable files of a tokenizer", Exception):
+            eos = config.get("eos_token_id")
+            self.eos_ids = set(eos if isinstance(eos, list) else [eos]) - {None}
+            given = {t["name"]: t["template"] for t in given}.get("default") if isinstance(given, list) else given
+            self.template = jinja.read_text() if jinja.exists() else given
             if (directory / "tokenizer.json").exists():
                 import tokenizers
 
@@ -130,7 +130,6 @@ class Completion:
 def make_requests(args, config: ModelConfig, tokenizer, entry: dict) -> list[Request]:
     """The samples of a prompt: its ids are given, random or its text's. Raises InputError."""
     text, ids = entry["prompt"], entry.get("prompt_ids")
-    text.encode()  # raises UnicodeError for half a character, which no tokenizer takes
     if ids is None and text.isascii() and text.isdigit() and not args.prompts_file:
         generator, size = torch.Generator().manual_seed(args.seed & 0xFFFFFFFF), min(int(text[:18]), config.context + 1)
         ids = torch.randint(config.vocab_size, (size,), generator=generator).tolist()
@@ -138,8 +137,7 @@ def make_requests(args, config: ModelConfig, tokenizer, entry: dict) -> list[Req
         ids = tokenizer.encode_chat(args.system + [message("user", text)]) if args.chat else tokenizer.encode(text)
     room, name = config.context - len(ids), f"prompt {entry['id']}"
     if not ids or room < 0 or any(type(x) is not int or not 0 <= x < config.vocab_size for x in ids):
-        expected = f"1 to {config.context} tokens (the model's context) with ids from 0 to {config.vocab_size - 1}"
-        refuse(f"{name} has {len(ids)} tokens, expected {expected}")
+        refuse(f"{name}: {len(ids)} tokens, expected 1 to {config.context} (context), ids below {config.vocab_size}")
     settings = {f.name: getattr(args, f.name) for f in fields(Request) if hasattr(args, f.name)} | entry
     if settings["max_new_tokens"] > room:
         tp.say(f"warning: {name} meets the context of {config.context} after {room} new tokens")
@@ -149,17 +147,18 @@ def make_requests(args, config: ModelConfig, tokenizer, entry: dict) -> list[Req
 
 def read_requests(args, config: ModelConfig, tokenizer) -> list[Request]:
     """For each --prompt, or line of --prompts_file or --score that is no blank nor stats. Raises InputError."""
-    flag, path = ("--score", args.score) if args.score else ("--prompts_file", args.prompts_file)
-    lines, is_json = enumerate(args.prompt or ["128" if args.random_weights else "Hello, my name is"]), False
+    flag, path, is_json = ("--score", args.score, 1) if args.score else ("--prompts_file", args.prompts_file, 0)
+    lines = enumerate(map(os.fsencode, args.prompt or ["128" if args.random_weights else "Hello, my name is"]))
     if path:
-        with refusing(f"{flag} {path} cannot be read", OSError, ValueError):
-            text = (sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()).decode()
-        lines = [(i, line.removesuffix("\r")) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        is_json = args.score or path.suffix == ".jsonl" or (str(path) == "-" and text.lstrip().startswith('{"'))
+        with refusing(f"{flag} {path} cannot be read", OSError, AttributeError):  # stdin may be closed
+            text = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        lines = [(i, line.removesuffix(b"\r")) for i, line in enumerate(text.split(b"\n"), start=1) if line.strip()]
+        is_json = is_json or path.suffix == ".jsonl" or (str(path) == "-" and re.match(rb'\s*{\s*"', text))
     kinds, made = {"prompt": [str], "id": [str, int], "seed": [int], "max_new_tokens": [int]}, {}
     for i, line in lines or refuse(f"{flag} {path} is empty"):
         with refusing(f"{flag} {path}, line {i} is refused" if path else "--prompt", ValueError, TypeError, KeyError):
-            given = json.loads(line) if is_json else {"prompt": line}
+            given = json.loads(line) if is_json else {"prompt": line.decode("utf-8-sig")}
+            json.dumps(given, ensure_ascii=False).encode()  # raises UnicodeError for half a character
             if not args.score:
                 entry = {"id": len(made)} | {key: given[key] for key in kinds if key in given or key == "prompt"}
                 kind_is_wrong = any(type(value) not in kinds[name] for name, value in entry.items())
@@ -176,17 +175,21 @@ def read_requests(args, config: ModelConfig, tokenizer) -> list[Request]:
 
 def resume(path: Path | None, requests: list[Request]) -> list[Request]:
     """Those of which an --output file has no completion; a torn last line of the file is cut off."""
-    *lines, torn = (path.read_bytes() if path and path.exists() else b"").split(b"\n")
+    *lines, torn = (path.read_bytes() if path and path.is_file() else b"").split(b"\n")
     with refusing(f"--output {path} holds more than completions, which would be lost", ValueError, KeyError, TypeError):
         done = {(entry["id"], entry["sample"]) for entry in map(json.loads, lines) if "stats" not in entry}
         b'{"id": '.startswith(torn[:7]) or refuse("its last line")
+        with contextlib.suppress(ValueError):
+            json.loads(torn)["tokens"]
     torn and os.truncate(path, path.stat().st_size - len(torn))
-    return [r for r in requests if (r.id, r.sample) not in done]
+    left = [r for r in requests if (r.id, r.sample) not in done]
+    len(left) < len(requests) and tp.say(f"{len(requests) - len(left)} of {len(requests)} completions are in {path}")
+    return left
 
 
 def read_line():
     with contextlib.suppress(EOFError):
-        return input("> " if sys.stdin.isatty() else "").strip()
+        return input("> " if sys.stdin.isatty() else "").encode(errors="replace").decode().strip()
     return "/exit"
 
 

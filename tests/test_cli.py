@@ -222,6 +222,9 @@ SPOILED = {
     "weights of 0 bytes": (lambda d: truncate(d / "model.safetensors", 0), "safetensors"),
     "weights no safetensors": (lambda d: (d / "model.safetensors").write_bytes(b"junk" * 99), "safetensors"),
     "index names a missing file": (index_to_nothing, "gone.safetensors"),
+    "settings nested too deep": (lambda d: (d / "config.json").write_text("[" * 200_000), "recursion"),
+    "template of no kind": (lambda d: write_json(d / "tokenizer_config.json", {"chat_template": [1]}), "tokenizer"),
+    "end ids of no kind": (lambda d: write_json(d / "generation_config.json", {"eos_token_id": [[1]]}), "tokenizer"),
     "index no JSON": (lambda d: (d / "model.safetensors.index.json").write_text("x"), "index.json"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer"),
     "tokenizer no JSON": (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer"),
@@ -291,6 +294,9 @@ BAD_LINES = {
     "id a list": '{"prompt": "a", "id": [1]}',
     "id null": '{"prompt": "a", "id": null}',
     "id again": '{"prompt": "a", "id": "one"}',
+    "prompt of half a character": '{"prompt": "fox \\ud800"}',
+    "id of half a character": '{"prompt": "a", "id": "\\ud800"}',
+    "not UTF-8": "\udcff",
 }
 
 
@@ -298,7 +304,8 @@ BAD_LINES = {
 def test_bad_line(refuse, tiny, tmp_path, line):
     """The error names file and line; blank lines count."""
     path = tmp_path / "prompts.jsonl"
-    path.write_text(f'{{"prompt": "fox", "id": "one"}}\n\n{line}\n{{"prompt": "dog"}}\n')
+    text = f'{{"prompt": "fox", "id": "one"}}\n\n{line}\n{{"prompt": "dog"}}\n'
+    path.write_text(text, errors="surrogateescape")
     error = refuse("--checkpoint_path", tiny, "--prompts_file", path)
     assert "prompts.jsonl" in error and "line 3" in error
 
@@ -309,16 +316,27 @@ def test_bad_prompts_file(refuse, tiny, tmp_path, content):
     assert "prompts.txt" in refuse("--checkpoint_path", tiny, "--prompts_file", tmp_path / "prompts.txt")
 
 
-@pytest.mark.parametrize("flags", [[], ["--chat"]], ids=["plain", "chat"])
-def test_no_unicode_in_file(refuse, tiny, tmp_path, flags):
-    """JSON can escape half of a character pair, which no tokenizer takes."""
-    (tmp_path / "p.jsonl").write_text('{"prompt": "fox \\ud800"}\n')
-    refuse("--checkpoint_path", tiny, "--prompts_file", tmp_path / "p.jsonl", *flags)
+def test_no_unicode_typed(tiny):
+    """Bytes that are no text do not end a conversation."""
+    argv = [sys.executable, SCRIPT, "--checkpoint_path", tiny, "--interactive", *QUICK]
+    done = subprocess.run(argv, capture_output=True, env=environment(), timeout=300, input=b"the \xff dog\nfox\n")
+    assert (done.returncode, done.stderr, len(done.stdout.split(b"\n"))) == (0, b"", 3)
 
 
-def test_no_unicode_typed(refuse, tiny, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
-    refuse("--checkpoint_path", tiny, "--interactive")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_output_that_cannot_be_printed(tiny):
+    """One line and status 2, at an end that flushes what is buffered too."""
+    settings = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}
+    argv = [sys.executable, SCRIPT, "--checkpoint_path", tiny, "--prompt", "dog", *QUICK]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, env=settings, timeout=300)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_temperature_of_almost_nothing(tiny, capsys):
+    """A number that fp32 takes for 0 means what 0 means."""
+    argv = ["--checkpoint_path", tiny, "--prompt", "dog", *QUICK, "--temperature"]
+    assert texts(capsys, *argv, "1e-46") == texts(capsys, *argv, "1e-31") == texts(capsys, *argv, "0")
 
 
 def test_long_prompt_among_others(refuse, tiny, tmp_path):
@@ -350,6 +368,7 @@ FOREIGN = {
     "bytes": b"\x00\xff\xfe{}\n",
     "a torn line within": b'{"id": 0, "sample": 0}\n{"id": 1, "sam\n{"id": 2, "sample": 0}\n',
     "a bracket": b"{ is a brace",
+    "a prompt without end of line": b'{"id": 1, "prompt": "fox"}',
 }
 
 
@@ -503,7 +522,7 @@ def test_prompts_jsonl(tiny, tmp_path, capsys):
 def test_prompts_text(tiny, tmp_path, capsys, monkeypatch):
     """One prompt a line, of a file and of standard input; blank lines are none, and braces and numbers are text."""
     path, prompts = tmp_path / "prompts.txt", ["the dog", "  fox 你好", "12", "[x] {y}"]
-    path.write_bytes("\r\n".join([*prompts[:2], "", *prompts[2:]]).encode())
+    path.write_bytes("\r\n".join([*prompts[:2], "", *prompts[2:]]).encode("utf-8-sig"))  # some editors begin so
     completions, _, _ = run_json(capsys, "--checkpoint_path", tiny, "--prompts_file", path, *QUICK)
     assert [c["prompt"] for c in completions] == prompts and [c["id"] for c in completions] == [0, 1, 2, 3]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(prompts).encode())))
@@ -512,7 +531,7 @@ def test_prompts_text(tiny, tmp_path, capsys, monkeypatch):
 
 
 def test_prompts_jsonl_stdin(tiny, capsys, monkeypatch):
-    data = b'{"prompt": "fox", "id": "x"}\n{"prompt": "dog", "seed": 5}\n'
+    data = b'{ "prompt": "fox", "id": "x"}\n{"prompt": "dog", "seed": 5}\n'
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     completions, _, _ = run_json(capsys, "--checkpoint_path", tiny, "--prompts_file", "-", *QUICK)
     assert [(c["id"], c["prompt"], c["seed"]) for c in completions] == [("x", "fox", 1234), (1, "dog", 5)]
@@ -655,6 +674,13 @@ def test_output_complete(job, tmp_path, capsys):
     assert sorted(c["sample"] for c in more) == [2] * 60
 
 
+def test_output_no_file(tiny):
+    """Where there is nothing to read, nothing is waited for."""
+    argv = ["--checkpoint_path", tiny, "--prompt", "dog", *QUICK, "--output", "/dev/stdout"]
+    done = command(*argv)
+    assert done.returncode == 0 and done.stdout.count('{"id": 0') == 1
+
+
 @pytest.mark.parametrize("keep", [1, 2, 9, -1], ids=["brace", "quote", "key", "line end alone"])
 def test_output_torn_anywhere(tiny, tmp_path, capsys, keep):
     """However short the torn line is, it is dropped and made again."""
@@ -664,6 +690,7 @@ def test_output_torn_anywhere(tiny, tmp_path, capsys, keep):
     path.write_bytes(first + second[:keep])
     completions, _, _ = run_json(capsys, *argv, "--output", path)
     assert [c["id"] for c in completions] == [1] and path.read_bytes() == first + second
+    assert f"2 of 2 completions are in {path}" in run_json(capsys, *argv, "--output", path)[2]
 
 
 def test_interrupt(job, tmp_path):
