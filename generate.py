@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import shutil
 import sys
 import time
 import timeit
@@ -10,12 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import OutOfMemoryError, Tensor
 
 import quantize
 import tp
 from kernels import BATCH_INVARIANT, FAST
-from model import InputError, ModelConfig, Transformer, load_checkpoint, refuse, refusing
+from model import InputError, ModelConfig, SafetensorError, Transformer, load_checkpoint, refuse, refusing
 from scripts import bench, download, prompts
 from scripts.prompts import Completion, Request, Tokenizer, make_requests, message, read_requests, resume
 
@@ -79,7 +80,7 @@ class Sampler:
             upto = weight.cumsum(-1)
             keep = keep & ((upto - weight < top_p_N1 * upto[:, -1:]) | (top_p_N1 == 1))
         score = torch.where(keep, scaled + gumbel(key_N2, pos_N, ids), float("-inf"))
-        return torch.where(score == score.amax(-1, keepdim=True), ids, logits_NV.shape[-1]).amin(-1)
+        return torch.where(score < score.amax(-1, keepdim=True), logits_NV.shape[-1], ids).amin(-1)
 
 
 def logprobs(model: Transformer, logits: Tensor, ids: Tensor) -> Tensor:
@@ -277,8 +278,7 @@ def parse_args(argv: list[str] | None = None, **own) -> argparse.Namespace:
     ranges = dict.fromkeys((*counts, "max_new_tokens", "top_k", "num_samples", "batch_size"), (1, 2**62))
     ranges |= {"prefill_chunk": (0, 2**62), "temperature": (0, 2**62), "top_p": (1e-9, 1), "speculate_k": (1, 64)}
     for flag, (low, high) in ranges.items():
-        value = getattr(args, flag)
-        low <= value <= high or refuse(f"--{flag} {value} is out of range, expected {low} to {high:g}")
+        low <= (value := getattr(args, flag)) <= high or refuse(f"--{flag} {value}: expected {low} to {high:g}")
     rivals = ["score interactive prompts_file prompt", "interactive prompts_file prompt json output"]
     rivals += ["random_weights checkpoint_path chat interactive", "prompts_file prompt"]
     rivals += ["prompt_lookup draft_checkpoint_path draft_quantize"]
@@ -312,9 +312,10 @@ def load(args: argparse.Namespace, ranks: int = tp.world) -> tuple[Transformer, 
 def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> None:
     """Make every global setting, after loading."""
     bench.tune_memory(model.device, huge_pages=compile_decode)
-    # Until 2.13, code compiled for a CPU keeps fp32 where eager code rounds.
-    old = model.ops.exact and model.device.type == "cpu" and torch.__version__ < (2, 13)
-    old and (compile_decode or compile_prefill) and refuse("--deterministic with --compile needs PyTorch 2.13 on a CPU")
+    if (compile_decode or compile_prefill) and model.device.type == "cpu":
+        # Before, compiled code keeps fp32 where eager code rounds.
+        model.ops.exact and torch.__version__ < (2, 13) and refuse("--deterministic --compile needs PyTorch 2.13 here")
+        shutil.which(os.environ.get("CXX", "g++")) or refuse("--compile needs a C++ compiler, g++ or that of $CXX")
     options = model.ops.compile_options | {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
 
     def compiled(code=Transformer.stack.__code__, **more):  # torch keeps graphs by code: a model has some of its own
@@ -382,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
     engine = build(args, model, tokenizer, max(sizes, default=1))
     compile_s = time.perf_counter() - start
     trace = torch.profiler.profile(on_trace_ready=lambda profile: profile.export_chrome_trace(args.profile))
-    with trace if args.profile and not tp.rank else contextlib.nullcontext():
+    with trace if args.profile and not tp.rank and open(args.profile, "w") else contextlib.nullcontext():
         if args.interactive:
             return prompts.converse(engine, args.system, lambda e: make_requests(args, model.config, tokenizer, e)[0])
         run(engine, requests, args)
@@ -395,7 +396,7 @@ def command(main: Callable) -> None:
         tp.start()
         status = main() or 0
         print(end="", flush=True)
-    except (InputError, OSError, UnicodeError, MemoryError, RecursionError, torch.OutOfMemoryError) as e:
+    except (InputError, OSError, UnicodeError, SafetensorError, MemoryError, RecursionError, OutOfMemoryError) as e:
         tp.say("error:", *(str(e) or "out of memory").split())
         status, sys.stdout = 2, None  # an orderly end would once more print what could not be printed
     except KeyboardInterrupt:

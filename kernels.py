@@ -21,7 +21,7 @@ from torch import Tensor
 
 def sliding_window(window: int) -> Callable:
     """Causal, and only the last `window` keys, the query's own among them."""
-    mask_mod = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx - kv_idx < window)
+    mask_mod = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx < kv_idx + window)
     mask_mod.window = window
     return mask_mod
 
@@ -117,7 +117,7 @@ def dense_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, 
     keep = mask_mod(b.view(-1, 1, 1, 1, 1), heads_GR[:, None, :, None], pos_BT[:, None, :, None, None], keys)
     bias = torch.zeros(keep.shape, device=pos_BT.device, dtype=dtype).masked_fill_(~keep, float("-inf"))
     torch._dynamo.maybe_mark_dynamic(bias, 4)  # the span grows with the text: one graph for all
-    return [bias, (keep.any(3).flatten(0, 1).any(0) * (keys + 1)).amax(-1)]
+    return [bias, span - keep.any(3).flatten(0, 1).any(0).flip(-1).byte().argmax(-1)]
 
 
 def write_cache(k_BTGD: Tensor, v_BTGD: Tensor, k_cache: Tensor, v_cache: Tensor, pos_BT: Tensor) -> None:
@@ -142,10 +142,9 @@ def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale: float, tokens=1, spans=
     if T == 1 or q_BTHD.is_cuda:  # on a GPU, nobody may wait for `limit_T`
         return sdpa(q_BGTRD, k_BGLD, v_BGLD, bias, scale, tokens)[:, :, :T].transpose(1, 2).flatten(2)
     for start in range(0, T, size):
-        now = slice(start, start + size)
-        span = fit(int(limit_T[now].max()))
-        k, v = k_BGLD[:, :, :span], v_BGLD[:, :, :span]
-        parts += [sdpa(q_BGTRD[:, :, now], k, v, bias[:, :, now, :, :span], scale, tokens)]
+        span = fit(int(limit_T[now := slice(start, start + size)].max()))
+        keys = (x[:, :, :span] for x in (k_BGLD, v_BGLD))
+        parts += [sdpa(q_BGTRD[:, :, now], *keys, bias[:, :, now, :, :span], scale, tokens)]
     return torch.cat(parts, dim=2)[:, :, :T].transpose(1, 2).flatten(2)
 
 
@@ -249,8 +248,7 @@ def safe_rows(N: int, K: int, dtype: torch.dtype, leaves: int, threads: int) -> 
     weight = blocked(weight.flatten(0, 1))
     counts = (2, 3, 6, 7, 8, 9, 12, 15, 16, 17, 24, 33, 48, 64, 100, 128, 256, 500, 512)
     agrees = lambda n: torch.equal(product(x[:n], weight), want[:n])
-    most = max(itertools.takewhile(agrees, counts), default=0)
-    return range(1 if agrees(1) else 2, most + 1)
+    return range(1 if agrees(1) else 2, max(itertools.takewhile(agrees, counts), default=0) + 1)
 
 
 class LeafPacked(Packed):
@@ -293,7 +291,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def attend_safely(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale):
-    """What `attend` must agree with, and its stand-in: one thread, tiles of 16 rows, each row of a batch alone."""
+    """What `attend` must agree with, and its stand-in: one thread, rows padded to multiples of 16, each row of a batch
+    alone."""
     tokens = -(-16 * k_BGLD.shape[1] // q_BTHD.shape[2])
     rows = zip(*(x.split(1) for x in (q_BTHD, k_BGLD, v_BGLD, bias)), strict=True)
     with one_thread():
@@ -303,7 +302,7 @@ def attend_safely(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale):
 @functools.cache
 def recipe(B: int, G: int, head_dim: int, group: int, dtype: torch.dtype, threads: int) -> Callable:
     """The way through `attend` in which a query's bits are seen to depend on no other query and not on the span."""
-    T, L, pieces = 80, 576, []
+    T, L, pieces = 128, 640, []
     q, k = cancelling((B, T, G * group), (B, G, 1024), head_dim, dtype)
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     v[:, :, ::4] *= 1 << 12  # with equal weights these cancel, and leave what they have made of the sums between them

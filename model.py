@@ -201,9 +201,6 @@ class Embedding(Layer):
     def forward(self, tokens_BT: Tensor) -> Tensor:
         return nn.functional.embedding(tokens_BT, self.weight).to(self.dtype)
 
-    def as_head(self, x: Tensor) -> Tensor:
-        return self.ops.linear(x, self.packed)
-
 
 class Attention(Layer):
     """Grouped-query attention with rotary positions, over a KV cache, of norm(x) and added to x."""
@@ -322,7 +319,7 @@ class Transformer(nn.Module):
             x_BTD = attention(x_BTD, cos, sin, pos_BT, masks[window], *kv)
             x_BTD = x_BTD + ffn(norm(x_BTD))
         x_BTD = self.norm(x_BTD[:, -1:] if last else x_BTD)
-        logits_BTV = (self.head or self.embed.as_head)(x_BTD).float()
+        logits_BTV = self.ops.linear(x_BTD, (self.head or self.embed).packed).float()
         return tp.all_gather(logits_BTV).movedim(0, -2).flatten(-2) if self.ranks > 1 else logits_BTV
 
 

@@ -18,8 +18,9 @@ from scripts import download
 
 
 class Int8Linear(Packed):
-    """8-bit weights with a scale a row. On a CPU, an input is two 8-bit numbers and a scale for each token and leaf:
-    sums of integers have no order, so bits are the same at any number of rows, and 8-bit units make them."""
+    """8-bit weights with a scale a row. On a CPU, an input is two 7-bit numbers and a scale for each token and leaf:
+    sums of integers have no order, so bits are the same at any number of rows, and 8-bit units make them. With an
+    eighth bit, units without VNNI would cut off pairs of products at 2^15."""
 
     @staticmethod
     def from_float(weight: Tensor, group_size: int) -> dict[str, Tensor]:
@@ -41,21 +42,21 @@ class Int8Linear(Packed):
             self.op = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
     def products(self, codes: Tensor) -> Tensor:
-        return self.op(codes, 1.0, 128, *self.args)
+        return self.op(codes, 1.0, 64, *self.args)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.fast and x.shape[:-1].numel() >= 64 and not torch.compiler.is_compiling():
+        if self.fast and x.dtype != torch.float16 and x.shape[:-1].numel() >= 64 and not torch.compiler.is_compiling():
             y = x @ self.args[0].to_dense().to(x.dtype) * self.args[1].to(x.dtype)
             return y if self.bias is None else (y + self.bias).to(x.dtype)
         x_GK = x.unflatten(-1, (self.parts, -1)).float()
-        step = x_GK.abs().amax(-1, keepdim=True).clamp(min=1e-30) * (1 / 127)
+        step = x_GK.abs().amax(-1, keepdim=True).clamp(min=1e-30) * (1 / 63)
         high = (x_GK := x_GK / step).round()
-        codes = torch.stack((high, (x_GK - high).mul_(254).round_()), dim=-3)
-        codes = (codes + 128).to(torch.uint8) if AMX else codes
+        codes = torch.stack((high, (x_GK - high).mul_(126).round_()), dim=-3)
+        codes = (codes + 64).to(torch.uint8) if AMX else codes
         sums = opaque_linear(codes.flatten(0, -2), self.handle, (self.parts * self.out_features,), torch.float32)
         sums = sums.view(*codes.shape[:-1], self.parts, -1).diagonal(dim1=-3, dim2=-2).transpose(-1, -2)
         high, low = sums.unbind(-3)
-        y = add_leaves((low * (1 / 254)).add_(high).mul_(step), self.bias)
+        y = add_leaves((low * (1 / 126)).add_(high).mul_(step), self.bias)
         return y if self.parts > 1 or self.partial else y.to(x.dtype)
 
 
@@ -96,8 +97,7 @@ class Int4Linear(Packed):
         else:
             pairs = zip(x_MK.chunk(self.parts, dim=1) if self.parts > 1 else [x_MK], self.leaves, strict=True)
             y = [op(part.contiguous(), codes, self.group, grid.to(x.dtype)) for part, (codes, grid) in pairs]
-        y = [leaf[:, :N] for leaf in y] if N % 64 else y
-        y = [leaf.view(*x.shape[:-1], -1) for leaf in y]
+        y = [leaf[:, :N].view(*x.shape[:-1], N) for leaf in y]
         return y if self.parts > 1 else y[0] if self.bias is None else (y[0] + self.bias).to(x.dtype)
 
     def expanded(self, dtype: torch.dtype) -> Tensor:

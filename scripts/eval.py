@@ -43,7 +43,8 @@ def adapter(engine):
     """The engine as a model of lm_eval."""
     from lm_eval.api.model import LM
 
-    encode, context, eos = engine.tokenizer.encode, engine.model.config.context, min(engine.tokenizer.eos_ids)
+    encode, context = engine.tokenizer.encode, engine.model.config.context
+    eos = min(engine.tokenizer.eos_ids, default=0)
 
     class Adapter(LM):
         def one(self, before: str, text: str) -> tuple[float, bool]:
@@ -57,7 +58,8 @@ def adapter(engine):
             return [self.one(*request.args) for request in requests]
 
         def loglikelihood_rolling(self, requests):
-            return [log_likelihood(engine, [eos, *encode(r.args[0])], context, context // 2) for r in requests]
+            texts = [[*(encode("") or [eos]), *encode(r.args[0], bos=False)] for r in requests]
+            return [log_likelihood(engine, ids, context, context // 2) for ids in texts]
 
         def generate_until(self, requests):
             generate.refuse("tasks that generate text are not supported, choose those that compare likelihoods")
@@ -76,9 +78,9 @@ def main() -> None:
     with generate.refusing(f"--text {args.text} cannot be read", OSError, ValueError):
         ids = tokenizer.encode(Path(args.text).read_text(encoding="utf-8"))
     len(ids) > 1 or generate.refuse(f"--text {args.text} has {len(ids)} tokens, expected 2 or more")
-    total = log_likelihood(engine, ids, min(args.window, model.config.context), args.stride)
-    rate = len(ids) / engine.seconds["prefill"]
-    print(f"perplexity {math.exp(-total / (len(ids) - 1)):.4f} of {len(ids) - 1} tokens, {rate:.0f} tokens/s")
+    window, n = min(args.window, model.config.context), len(ids) - 1
+    total = log_likelihood(engine, ids, window, args.stride if args.stride < window else window // 2)
+    print(f"perplexity {math.exp(-total / n):.4f} of {n} tokens, {len(ids) / engine.seconds['prefill']:.0f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ step() { # name, command...
     local name="$1"
     shift
     [ -e "$out/$name.done" ] && return
+    rm -f "$out/$name.jsonl" # of a try that did not end well
     echo "== $name: $*"
     if timeout 540 "$@" >"$out/$name.log" 2>&1; then
         touch "$out/$name.done"

@@ -61,6 +61,7 @@ class Tokenizer:
 
                 hf = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
                 self.encode, decode = lambda text, bos=True: hf.encode(text, add_special_tokens=bos).ids, hf.decode
+                hf.no_truncation(), hf.no_padding()  # which are for training
                 self.vocab = hf.get_vocab
             else:
                 from sentencepiece import SentencePieceProcessor
@@ -83,12 +84,13 @@ class Tokenizer:
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation, ready for the next answer, by the checkpoint's template: untrusted code, sandboxed."""
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        env.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-        tokens = {n: self.settings.get(n) or "" for n in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        tokens = {n: token["content"] if isinstance(token, dict) else token for n, token in tokens.items()}
+        env.globals |= {"raise_exception": refuse, "strftime_now": time.strftime, "tools": None, "documents": None}
         with refusing("the chat template failed", Exception):  # whatever a template can do wrong
-            template = env.from_string(self.template or refuse("this checkpoint has none"))
-            return self.encode(template.render(tokens, messages=messages, add_generation_prompt=True), bos=False)
+            tokens = {n: self.settings.get(n) or "" for n in ("bos_token", "eos_token", "unk_token", "pad_token")}
+            env.globals |= {n: token["content"] if isinstance(token, dict) else token for n, token in tokens.items()}
+            # What marks an answer for training marks nothing here.
+            text = re.sub(r"({%-?\s*(end)?)generation\b", r"\1with", self.template or refuse("there is none"))
+            return self.encode(env.from_string(text).render(messages=messages, add_generation_prompt=True), bos=False)
 
 
 class Completion:
@@ -106,6 +108,7 @@ class Completion:
         self.ids.append(token)
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        logprob == logprob or refuse("logits that are no numbers: choose another --precision")
         stop, full = self.request.stop, len(self.tokens) >= self.request.max_new_tokens
         self.finish_reason = "stop" if token in self.eos_ids else "length" if full else None
         # A short window is enough: what a token adds depends on its neighbours only.

@@ -247,6 +247,26 @@ def test_spoiled_sentencepiece(refuse, copy):
     assert "tokenizer" in refuse("--checkpoint_path", copy)
 
 
+def test_tokenizer_settings_for_training(copy, capsys):
+    """A tokenizer that was saved with a length to cut and to fill texts to does neither here."""
+    argv = ["--checkpoint_path", copy, "--prompt", "the quick fox", *QUICK]
+    want = run_json(capsys, *argv)[0][0]["prompt_ids"]
+    tokenizer = train_bpe()
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(copy / "tokenizer.json"))
+    assert run_json(capsys, *argv)[0][0]["prompt_ids"] == want and len(want) > 2
+    tokenizer.no_truncation()
+    tokenizer.enable_padding(length=len(want) + 3)
+    tokenizer.save(str(copy / "tokenizer.json"))
+    assert run_json(capsys, *argv)[0][0]["prompt_ids"] == want
+
+
+def test_logits_that_are_no_numbers(refuse, copy):
+    """As where half precision overflows."""
+    edit_weights(copy, lambda tensors: tensors[NORM].fill_(float("nan")))
+    assert "--precision" in refuse("--checkpoint_path", copy, *QUICK, "--json")
+
+
 def test_tokenizer_of_another_model(refuse, copy):
     """A prompt with ids past the embedding: an error here, not an index out of bounds later."""
     from tokenizers import Tokenizer
@@ -588,6 +608,17 @@ def test_random_weights(tiny, capsys, refuse):
     refuse("--random_weights", config, "--chat")
     refuse("--random_weights", config, "--interactive")
     refuse("--random_weights", config.with_name("nothing.json"))
+
+
+def test_bad_profile(refuse, tiny, tmp_path):
+    for place in (tmp_path, tmp_path / "no" / "trace.json"):
+        refuse("--checkpoint_path", tiny, "--profile", place, *QUICK)
+
+
+@pytest.mark.parametrize("flag", ["--compile", "--compile_prefill"])
+def test_no_compiler(refuse, tiny, monkeypatch, flag):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "C++" in refuse("--checkpoint_path", tiny, flag, "--device", "cpu", *QUICK)
 
 
 def test_profile(tiny, tmp_path, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_generate import write_checkpoint
+from test_generate import train_bpe, write_checkpoint
 
 import generate
 from scripts import eval as evaluation
@@ -102,6 +102,32 @@ def test_as_a_command(tmp_path):
         done = run(*argv, "--checkpoint_path", directory)
         assert done.returncode == 2 and done.stdout == "" and word in done.stderr, (argv, done)
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done
+
+
+@pytest.mark.parametrize("context", [256, 64])
+def test_a_short_context(tmp_path, context):
+    """The window that is left is what --window would have said, with strides of half of it."""
+    directory = write_checkpoint(tmp_path / "checkpoint", max_position_embeddings=context)
+    (tmp_path / "text.txt").write_text(TEXT * 3)
+    argv = "--text", tmp_path / "text.txt", "--checkpoint_path", directory
+    done, wanted = run(*argv), run(*argv, "--window", context, "--stride", context // 2)
+    assert done.returncode == 0 and done.stdout.split(",")[0] == wanted.stdout.split(",")[0], done
+
+
+def test_a_whole_text_begins_with_bos_or_an_end(tmp_path, monkeypatch):
+    """In lm_eval's rolling loglikelihood only what the text says is scored."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+
+    for bos in (False, True):
+        directory = write_checkpoint(tmp_path / str(bos), bos=bos)
+        model, tokenizer = generate.load(generate.parse_args(["--checkpoint_path", str(directory)]))
+        engine = generate.Engine(model, tokenizer, 1, model.config.context)
+        text = train_bpe().encode(TEXT).ids
+        first = 0 if bos else min(tokenizer.eos_ids)
+        wanted = math.fsum(engine.score([first], text))
+        request = Instance("loglikelihood_rolling", {}, (TEXT,), 0)
+        assert evaluation.adapter(engine).loglikelihood_rolling([request]) == [pytest.approx(wanted, abs=1e-6)]
 
 
 def test_without_lm_eval(engine, monkeypatch):

@@ -928,6 +928,9 @@ def test_chat_template_helpers(tiny, tiny_dir):
     template += "{% endfor %}{{ strftime_now('%%') }}{{ {'a': 1} | tojson }}"
     messages = [{"role": "user", "content": " fox "}, {"role": "user", "content": "dog"}]
     assert encode_with(tiny, tiny_dir, template, messages) == train_bpe().encode('fox\n%{"a": 1}').ids
+    template = "{% if tools is not none or documents is not none %}dog{% endif %}"  # an answer is marked for training
+    template += "{% for m in messages %}{%- generation -%} {{ m.content }}{% endgeneration %}{% endfor %}"
+    assert encode_with(tiny, tiny_dir, template) == train_bpe().encode("fox").ids
 
 
 MALICIOUS = [

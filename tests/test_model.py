@@ -97,6 +97,11 @@ FAMILIES = {  # classes, what differs from SHAPE, and what config.json says diff
         {},
     ),
 }
+FAMILIES["qwen3-moe-window"] = (  # where all layers slide, whatever an old config says of the first that does
+    QWEN3_MOE,
+    FAMILIES["qwen3-moe"][1] | {"use_sliding_window": True, "sliding_window": 17},
+    {"max_window_layers": 2},
+)
 ROWS, LENGTH = 4, 150  # three key blocks, and three times what llama-3.1 above was trained on
 
 

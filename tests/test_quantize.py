@@ -3,6 +3,7 @@ of bits is also made where it must fail."""
 
 import functools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -222,6 +223,33 @@ def test_both_kernels_of_int8_have_the_same_bits(leaves, monkeypatch):
         y.append(quantize.Int8Linear(parts["weight"], None, leaves, parts["scale"])(x))
     assert torch.equal(*y)
     assert not torch.equal(y[0], quantize.Int8Linear(parts["weight"], None, 2, parts["scale"])(x))
+
+
+SATURATED = """
+import torch, quantize
+quantize.AMX = False
+weight, x = torch.randn(96, 576).abs(), torch.randn(7, 576).abs()  # all sums of two products are large
+parts = quantize.parts("int8", weight, 0)
+y = quantize.Int8Linear(parts["weight"], None, 0, parts["scale"])(x)
+want = x.double() @ (parts["weight"].double() * parts["scale"].double()).T
+print((y - want).abs().max().item() / want.abs().max().item())
+"""
+
+
+@pytest.mark.skipif(not quantize.AMX, reason="needs a processor that can act as an older one")
+@pytest.mark.parametrize("units", ["AVX2", "AVX512", "AVX512_E1"])
+def test_int8_on_older_processors(units):
+    """Without VNNI, products are added in pairs of 16 bits, which must hold them."""
+    environment = os.environ | {"FBGEMM_ENABLE_INSTRUCTIONS": units}
+    done = subprocess.run([sys.executable, "-c", SATURATED], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert float(done.stdout) < 1e-3, done
+
+
+def test_int8_of_large_sums_in_half_precision():
+    """Codes times numbers in fp16 pass its range where the products of the floats do not."""
+    layer, floated = packed("int8", randn(96, 576).abs())
+    x = randn(70, 576, seed=1).abs().half() * 10
+    torch.testing.assert_close(layer(x).float(), x.float() @ floated.T, rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("mode", MODES)
