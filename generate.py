@@ -313,7 +313,7 @@ def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> N
     """Make every global setting, after loading."""
     bench.tune_memory(model.device, huge_pages=compile_decode)
     if (compile_decode or compile_prefill) and model.device.type == "cpu":
-        # Before, compiled code keeps fp32 where eager code rounds.
+        # Before 2.13, compiled code keeps fp32 where eager code rounds.
         model.ops.exact and torch.__version__ < (2, 13) and refuse("--deterministic --compile needs PyTorch 2.13 here")
         shutil.which(os.environ.get("CXX", "g++")) or refuse("--compile needs a C++ compiler, g++ or that of $CXX")
     options = model.ops.compile_options | {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}

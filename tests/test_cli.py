@@ -336,6 +336,11 @@ def test_bad_prompts_file(refuse, tiny, tmp_path, content):
     assert "prompts.txt" in refuse("--checkpoint_path", tiny, "--prompts_file", tmp_path / "prompts.txt")
 
 
+def test_closed_standard_input(tiny):
+    done = command("--checkpoint_path", tiny, "--prompts_file", "-", preexec_fn=lambda: os.close(0))
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 def test_no_unicode_typed(tiny):
     """Bytes that are no text do not end a conversation."""
     argv = [sys.executable, SCRIPT, "--checkpoint_path", tiny, "--interactive", *QUICK]
@@ -596,6 +601,17 @@ def test_chat(tiny, capsys):
     assert brief["prompt_ids"] == encode("<|system|>Be brief.<|end|>" + user).ids
     generate.main(argv)
     assert capsys.readouterr().out.strip("\n") == plain["text"].strip("\n")
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_chat_quantized_in_a_batch_with_drafts(tiny, capsys, mode):
+    """The bits of one prompt at a time; another seed has others."""
+    argv = ["--checkpoint_path", tiny, "--chat", "--quantize", mode, "--deterministic", "--max_new_tokens", 12]
+    argv += [word for text in ("the dog the dog", "fox", "quick brown") for word in ("--prompt", text)]
+    bits = lambda *flags: [(c["tokens"], c["logprobs"]) for c in run_json(capsys, *argv, *flags)[0]]
+    want = bits()
+    assert sorted(bits("--batch_size", 3, "--prompt_lookup")) == sorted(bits("--batch_size", 2)) == sorted(want)
+    assert sorted(bits("--seed", 5)) != sorted(want)
 
 
 def test_random_weights(tiny, capsys, refuse):

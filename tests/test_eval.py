@@ -114,7 +114,7 @@ def test_a_short_context(tmp_path, context):
     assert done.returncode == 0 and done.stdout.split(",")[0] == wanted.stdout.split(",")[0], done
 
 
-def test_a_whole_text_begins_with_bos_or_an_end(tmp_path, monkeypatch):
+def test_a_whole_text_begins_with_bos_or_an_end(tmp_path):
     """In lm_eval's rolling loglikelihood only what the text says is scored."""
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance

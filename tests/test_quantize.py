@@ -4,6 +4,7 @@ of bits is also made where it must fail."""
 import functools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -417,6 +418,15 @@ def test_a_truncated_file_is_one_line_and_writes_nothing(tmp_path):
     (path / "model.safetensors").write_bytes(data[: len(data) // 2])
     ran = command("--checkpoint_path", path, "--mode", "int8")
     assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "truncated" in ran.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    """Files of more than 20 kB cannot be written, as to a disk that is full."""
+    path = directory(tmp_path / "m")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    ran = command("--checkpoint_path", path, "--mode", "int8", preexec_fn=limit)
+    assert ran.returncode == 2 and ran.stderr.startswith("error: ") and ran.stderr.count("\n") == 1, ran.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
