@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 import timeit
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -316,6 +317,7 @@ def set_up(model: Transformer, compile_decode: bool, compile_prefill: bool) -> N
         # Before 2.13, compiled code keeps fp32 where eager code rounds.
         model.ops.exact and torch.__version__ < (2, 13) and refuse("--deterministic --compile needs PyTorch 2.13 here")
         shutil.which(os.environ.get("CXX", "g++")) or refuse("--compile needs a C++ compiler, g++ or that of $CXX")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")  # its own, of int8
     options = model.ops.compile_options | {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
 
     def compiled(code=Transformer.stack.__code__, **more):  # torch keeps graphs by code: a model has some of its own

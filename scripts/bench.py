@@ -55,9 +55,8 @@ def randomize(model, seed=0):
     """Fill a model with random weights (normal, 0.02; vectors one), where there is no checkpoint."""
     how = {"generator": torch.Generator(model.device).manual_seed(seed), "device": model.device, "dtype": model.dtype}
     for layer in model.takers:
-        tensors = [torch.randn(shape, **how) for shape in layer.shapes.values()]
-        tensors = [t.mul_(0.02) if t.dim() > 1 else torch.ones_like(t) for t in tensors]
-        model.nbytes += layer.load(tensors)
+        tensors = (torch.randn(shape, **how) for shape in layer.shapes.values())
+        model.nbytes += layer.load([t.mul_(0.02) if t.dim() > 1 else torch.ones_like(t) for t in tensors])
 
 
 def report(engine, load_s, compile_s, as_json):

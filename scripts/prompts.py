@@ -12,8 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
 
 import tp
 from model import ModelConfig, read_json, refuse, refusing
@@ -83,7 +82,7 @@ class Tokenizer:
 
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """Ids of a conversation, ready for the next answer, by the checkpoint's template: untrusted code, sandboxed."""
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         env.globals |= {"raise_exception": refuse, "strftime_now": time.strftime, "tools": None, "documents": None}
         with refusing("the chat template failed", Exception):  # whatever a template can do wrong
             tokens = {n: self.settings.get(n) or "" for n in ("bos_token", "eos_token", "unk_token", "pad_token")}
