@@ -278,7 +278,8 @@ class Transformer(nn.Module):
         self.ranks, heads = ranks, tp.part(torch.arange(config.n_heads, device=device), 0, ranks)
         self.heads = heads.view(max(config.n_kv_heads // ranks, 1), -1)  # of queries, this rank's, by KV head
         self.config, self.ops, self.device, self.dtype = config, ops, device, dtype
-        self.nbytes, self.takers = 0, []  # of weights that every step reads; the layers that take checkpoint tensors
+        # Bytes of weights that every step reads; layers that take checkpoint tensors; whether steps are CUDA graphs.
+        self.nbytes, self.takers, self.graphed = 0, [], False
         self.embed = Embedding(self, {"model.embed_tokens.weight": (config.vocab_size, config.dim)})
         self.head = None if config.tied else Linear(self, {"lm_head": config.vocab_size}, config.dim, bias=False)
         prefixes = [f"model.layers.{i}" for i in range(config.n_layers)]
@@ -290,13 +291,13 @@ class Transformer(nn.Module):
         self.rope = rope_table(config, config.context + 64).to(device)  # drafts may reach beyond the end
         self.mask_mods = {w: causal if w is None else sliding_window(w) for w in set(config.windows)}
         self.decode_stack = self.verify_stack = self.prefill_stack = self.stack  # what compiling replaces
-        self.graphed = False  # whether steps of decoding are CUDA graphs
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
         """Zeroed, as 0 x NaN would poison a row; with a spare block, as graphs of a part do not fit the whole."""
         block = 512 if self.ops.exact else 64  # of keys, which kernels take as a whole
         shape = (batch_size, len(self.heads), -(-length // block) * block + 64, self.config.head_dim)
-        return [tuple(torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in "kv") for _ in self.layers]
+        with refusing(f"a cache of {batch_size} x {length} tokens does not fit the memory", RuntimeError):
+            return [tuple(torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in "kv") for _ in self.layers]
 
     def forward(self, tokens_BT: Tensor, pos_BT: Tensor, cache: KVCache, end: int, last=False, decode=False) -> Tensor:
         """fp32 logits [B, T, V] (T = 1 with `last`) of tokens at absolute positions `pos_BT`; `end` is one past the

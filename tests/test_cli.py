@@ -129,6 +129,7 @@ BAD_FLAGS = {
     "prompt of 0 tokens": ["--prompt", "0"],
     "prompt past the context": ["--prompt", str(CONTEXT + 1)],
     "prompt past all memory": ["--prompt", "1" + 15 * "0"],
+    "batch past all memory": ["--batch_size", "1" + 12 * "0"],
     "prompt of 5000 digits": ["--prompt", 5000 * "9"],
     "text past the context": ["--prompt", "fox " * CONTEXT],
     "empty prompt without BOS": ["--prompt", ""],
