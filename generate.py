@@ -17,7 +17,7 @@ from torch import OutOfMemoryError, Tensor
 import quantize
 import tp
 from kernels import BATCH_INVARIANT, FAST
-from model import InputError, ModelConfig, SafetensorError, Transformer, load_checkpoint, refuse, refusing
+from model import InputError, ModelConfig, SafetensorError, Transformer, load_checkpoint, refuse, refusing, replace
 from scripts import bench, download, prompts
 from scripts.prompts import Completion, Request, Tokenizer, make_requests, message, read_requests, resume
 
@@ -304,6 +304,7 @@ def load(args: argparse.Namespace, ranks: int = tp.world) -> tuple[Transformer, 
         with refusing("the default checkpoint cannot be had", ValueError, ImportError):
             download.fetch(directory)
     config = ModelConfig.from_file(shape or directory / "config.json", args.quantize, args.group_size)
+    config = replace(config, stored=False) if shape else config  # random weights are quantized while loading
     tokenizer, ops = Tokenizer(None if shape else directory), BATCH_INVARIANT if args.deterministic else FAST
     model = Transformer(config, ops, torch.device(args.device), PRECISIONS[args.precision], ranks)
     bench.randomize(model) if shape else load_checkpoint(model, directory)

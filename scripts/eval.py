@@ -43,15 +43,14 @@ def adapter(engine):
     """The engine as a model of lm_eval."""
     from lm_eval.api.model import LM
 
-    encode, context = engine.tokenizer.encode, engine.model.config.context
-    eos = min(engine.tokenizer.eos_ids, default=0)
+    encode, window, eos = engine.tokenizer.encode, engine.model.config.context, min(engine.tokenizer.eos_ids, default=0)
 
     class Adapter(LM):
         def one(self, before: str, text: str) -> tuple[float, bool]:
             known, whole = encode(before.rstrip()), encode(before + text)  # a token of the text may begin with a space
             known, whole = (known, whole) if known else ([eos], [eos, *whole])
-            first = max(len(known) - max(len(whole) - context, 0), 1)
-            logprobs, likeliest = score(engine, whole[-context:], first)
+            first = max(len(known) - max(len(whole) - window, 0), 1)
+            logprobs, likeliest = score(engine, whole[-window:], first)
             return math.fsum(logprobs), likeliest
 
         def loglikelihood(self, requests):
@@ -59,7 +58,7 @@ def adapter(engine):
 
         def loglikelihood_rolling(self, requests):
             texts = [[*(encode("") or [eos]), *encode(r.args[0], bos=False)] for r in requests]
-            return [log_likelihood(engine, ids, context, context // 2) for ids in texts]
+            return [log_likelihood(engine, ids, window, window // 2) for ids in texts]
 
         def generate_until(self, requests):
             generate.refuse("tasks that generate text are not supported, choose those that compare likelihoods")

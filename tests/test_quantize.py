@@ -325,13 +325,19 @@ def test_a_directory_has_the_bits_of_quantizing_while_loading(tmp_path, mode, gr
     assert again.returncode == 2 and f"{mode} already" in again.stderr and again.stderr.count("\n") == 1
 
 
-def test_random_weights_are_quantized(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    for mode in MODES:
-        model, _ = generate.load(
-            generate.parse_args(["--random_weights", str(tmp_path / "config.json"), "--quantize", mode])
-        )
-        assert torch.isfinite(logits(model, IDS)).all()
+@pytest.mark.parametrize("mode", MODES)
+def test_random_weights_are_quantized(tmp_path, mode):
+    """While loading, by the flag or by the config.json of a quantized directory."""
+    how = {"quantization_config": {"quant_method": "gpt-exact", "mode": mode, "group_size": 32}}
+
+    def random(name, config, *flags):
+        (tmp_path / name).write_text(json.dumps(config))
+        model, _ = generate.load(generate.parse_args(["--random_weights", str(tmp_path / name), *flags]))
+        return logits(model, IDS)
+
+    asked = random("plain.json", CONFIG, "--quantize", mode)
+    assert torch.isfinite(asked).all() and torch.equal(random("quantized.json", CONFIG | how), asked)
+    assert not torch.equal(random("plain.json", CONFIG), asked)
 
 
 @pytest.mark.parametrize("mode", MODES)
