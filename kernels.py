@@ -1,9 +1,8 @@
-"""The op tables. Every reduction of the model goes through one `Ops`, chosen once when the model is built: FAST is what
-PyTorch does best, BATCH_INVARIANT gives the logits of a token the same bits whatever else is computed beside it.
-
-A fork that wants a third table writes another `Ops(...)`. A mask_mod has FlexAttention's signature, (b, h, q_idx,
-kv_idx) -> bool tensor, over absolute positions. Shapes: B rows, T new tokens, H query heads, G KV heads, D head_dim,
-L cached positions, N x K a weight, M rows of its input."""
+"""The op tables, through which every reduction of the model goes. `Fast` is what PyTorch does best.
+`BatchInvariant` overrides what has to be exact: with it, the logits of a token have the same bits
+whatever else is computed beside it. A fork writes a third class. Letters in names are dimensions: B
+rows of a batch, T new tokens, H query heads, G KV heads, R = H / G, D head_dim, L cached positions,
+N x K a weight, M rows of its input."""
 
 import contextlib
 import functools
@@ -11,474 +10,598 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+AMX = torch.cpu._is_amx_tile_supported()  # 16 rows are as quick as one
+
+
+class InputError(ValueError):
+    """The user gave something that cannot work; the message is the line that they read."""
 
 
 def sliding_window(window: int) -> Callable:
-    """Causal, and only the last `window` keys, the query's own among them."""
-    mask_mod = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (q_idx < kv_idx + window)
+    """A mask_mod, as FlexAttention has it, (b, h, q_idx, kv_idx) -> bool tensor over absolute
+    positions: causal, and only the last `window` keys, the query's own among them."""
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        return (q_idx >= kv_idx) & (q_idx < kv_idx + window)
+
     mask_mod.window = window
     return mask_mod
 
 
 causal = sliding_window(1 << 30)
-AMX = torch.cpu._is_amx_tile_supported()  # 16 rows of half precision or of bytes are as quick as one
-
-
-@dataclass(frozen=True)
-class Ops:
-    """One implementation of each reduction; `pack` and `mask` make what `linear` and `attention` want to be given."""
-
-    pack: Callable  # (weight_NK, bias_N or None, leaves, see leaf_count; quantized: scale, zero) -> packed
-    linear: Callable  # (x, packed) -> x W^T + b
-    rms_norm: Callable  # (x, weight, eps), over the last dimension
-    silu_mul: Callable  # (gate_up) -> silu(gate) * up, of the two halves
-    mask: Callable  # (mask_mod, pos_BT, span, heads_GR: query heads by KV head, dtype) -> mask over `span` keys
-    attention: Callable  # (q_BTHD, k_BTGD, v_BTGD, k_cache_BGLD, v_cache, pos_BT, mask, scale) -> [B, T, H * D]
-    log_softmax: Callable  # (logits) -> fp32, over the last dimension
-    compile_options: dict  # what torch.compile needs so that it changes no bits that matter
-    exact: bool = False  # whether bits depend on nothing but a token's own prefix
-
-
-_lib = torch.library.Library("gpt_exact", "DEF")
+library = torch.library.Library("gpt_exact", "DEF")
 
 
 def opaque(schema: str, fake: Callable) -> Callable:
-    """Register a function as an op that torch.compile calls and never looks into; eager code calls it directly."""
+    """Register a function as an op that torch.compile calls and never looks into. Eager code calls
+    the function itself. `fake` returns an empty tensor of the result's shape and dtype."""
 
-    def register(impl: Callable) -> Callable:
+    def register(function: Callable) -> Callable:
         name = schema.partition("(")[0]
-        _lib.define(schema)
-        _lib.impl(name, lambda *args: impl(*args).contiguous(), "CompositeExplicitAutograd")  # as its fake has it
-        torch.library.register_fake(f"gpt_exact::{name}", fake, lib=_lib)
+        library.define(schema)
+        # Contiguous, as its fake is.
+        library.impl(name, lambda *args: function(*args).contiguous(), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"gpt_exact::{name}", fake, lib=library)
         op = getattr(torch.ops.gpt_exact, name).default
-        return lambda *args: op(*args) if torch.compiler.is_compiling() else impl(*args)
+
+        def call(*args):
+            return op(*args) if torch.compiler.is_compiling() else function(*args)
+
+        return call
 
     return register
 
 
 def blocked(weight_NK: Tensor) -> Tensor:
-    """A weight in oneDNN's blocks, at one row twice as fast as F.linear; as it is where oneDNN does not take it."""
-    with contextlib.suppress(RuntimeError):
-        if weight_NK.device.type == "cpu":
+    """In oneDNN's blocks, at one row twice as fast as F.linear; as it is where those do not
+    exist."""
+    if weight_NK.device.type == "cpu":
+        with contextlib.suppress(RuntimeError):
             return torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), 1)
     return weight_NK.contiguous()
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, op=torch.ops.mkldnn._linear_pointwise.default):
-    return op(x, weight, bias, "none", [], "") if weight.is_mkldnn else F.linear(x, weight, bias)
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, of a weight that `blocked` returned."""
+    if not weight.is_mkldnn:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
-class Packed:
-    """A weight in its kernel's layout, which Inductor cannot trace through: a graph names the weight by an integer."""
-
-    parts, opaque = 1, True  # the leaves in what `products` returns: [..., N], or several, to be added
-    parts_dtype, partial = None, False  # the type of leaves, None: as the input; whether other ranks have more of them
-    table: dict[int, "Packed"] = weakref.WeakValueDictionary()  # or a mixture; forgets it when its layer dies
-    handles = itertools.count()  # alike in every run, so that compiled graphs are found in Inductor's cache
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, leaves: int = 1, *grid: Tensor):
-        self.bias, self.out_features, self.handle = bias, len(weight), next(self.handles)
-        self.nbytes, self.table[self.handle] = sum(t.nbytes for t in (weight, bias, *grid) if t is not None), self
-        self.pack(weight, leaves, *grid)
-
-    def pack(self, weight: Tensor, leaves: int) -> None:
-        self.weight = blocked(weight)
-        self.opaque = self.weight.is_mkldnn
-
-    def products(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x W^T + b, in the type of x; in fp32 where it is a sum of leaves, whose additions a compiler may see."""
-        traced, sizes = torch.compiler.is_compiling(), (self.parts, self.out_features)[self.parts == 1 :]
-        y = opaque_linear(x, self.handle, sizes, self.parts_dtype) if traced and self.opaque else self.products(x)
-        return y if self.parts == 1 else add_leaves(y, self.bias)
+def add_leaves(leaves: list[Tensor], bias: Tensor | None = None) -> Tensor:
+    """The sum in fp32 of leaves, each [..., N], and then of the bias: of an even number of leaves
+    as a tree, of others from left to right."""
+    while len(leaves) % 2 == 0:
+        pairs = zip(leaves[::2], leaves[1::2], strict=True)
+        leaves = [a.float() + b for a, b in pairs]
+    more = leaves[1:] if bias is None else [*leaves[1:], bias]
+    return functools.reduce(torch.add, more, leaves[0].float())
 
 
-like_linear = lambda x, handle, sizes, dtype: x.new_empty(*x.shape[:-1], *sizes, dtype=dtype)
-
-
-@opaque("linear(Tensor x, int handle, int[] sizes, ScalarType? dtype) -> Tensor", like_linear)
-def opaque_linear(x, handle, sizes, dtype):
-    y = Packed.table[handle].products(x)
-    return torch.stack(y, dim=-2) if isinstance(y, list) else y
-
-
-def dense_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, dtype: torch.dtype):
-    """A mask_mod written out, once for all layers: 0 where a query may look and -inf elsewhere, [B, G, T, H / G, span]
-    with 1 for what it does not depend on, and one past the last key that any row's query t sees [T]."""
-    b, keys = (torch.arange(n, device=pos_BT.device) for n in (len(pos_BT), span))
-    keep = mask_mod(b.view(-1, 1, 1, 1, 1), heads_GR[:, None, :, None], pos_BT[:, None, :, None, None], keys)
-    bias = torch.zeros(keep.shape, device=pos_BT.device, dtype=dtype).masked_fill_(~keep, float("-inf"))
-    torch._dynamo.maybe_mark_dynamic(bias, 4)  # the span grows with the text: one graph for all
-    return [bias, span - keep.any(3).flatten(0, 1).any(0).flip(-1).byte().argmax(-1)]
-
-
-def write_cache(k_BTGD: Tensor, v_BTGD: Tensor, k_cache: Tensor, v_cache: Tensor, pos_BT: Tensor) -> None:
-    """Put new keys and values at their absolute positions, before anyone attends to them."""
-    for new, cache in ((k_BTGD, k_cache), (v_BTGD, v_cache)):
-        if len(pos_BT) == 1:
-            cache.index_copy_(2, pos_BT[0], new.transpose(1, 2))
-        else:
-            cache[torch.arange(len(pos_BT), device=pos_BT.device)[:, None], :, pos_BT] = new
-
-
-def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale: float, tokens=1, spans=range(64, 513, 64)) -> Tensor:
-    """Attention, [B, T, H * D], in blocks of about 128 tokens, which skip keys behind the last one that they may see.
-    Tokens are padded to a multiple, and keys, by others of the cache, to a span beyond blocks of 512: see `recipe`."""
-    fit = lambda n: n // 512 * 512 + next(span for span in (0, *spans) if span >= n % 512)
-    T, L, size, parts = len(limit_T), fit(bias.shape[-1]), 128 // tokens * tokens, []
-    k_BGLD, v_BGLD = k_BGLD[:, :, :L], v_BGLD[:, :, :L]
-    q_BGTRD = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2)
-    bias = F.pad(bias, (0, L - bias.shape[-1]), value=float("-inf")) if L > bias.shape[-1] else bias
-    if T_more := -T % tokens:  # the last token again, as often
-        q_BGTRD, bias = (torch.cat([x] + [x[:, :, -1:]] * T_more, dim=2) for x in (q_BGTRD, bias))
-    if T == 1 or q_BTHD.is_cuda:  # on a GPU, nobody may wait for `limit_T`
-        return sdpa(q_BGTRD, k_BGLD, v_BGLD, bias, scale, tokens)[:, :, :T].transpose(1, 2).flatten(2)
-    for start in range(0, T, size):
-        span = fit(int(limit_T[now := slice(start, start + size)].max()))
-        keys = (x[:, :, :span] for x in (k_BGLD, v_BGLD))
-        parts += [sdpa(q_BGTRD[:, :, now], *keys, bias[:, :, now, :, :span], scale, tokens)]
-    return torch.cat(parts, dim=2)[:, :, :T].transpose(1, 2).flatten(2)
-
-
-def sdpa(q_BGTRD: Tensor, k_BGLD: Tensor, v_BGLD: Tensor, bias: Tensor, scale: float, tokens: int) -> Tensor:
-    """The query heads of a KV head become its rows and no key is copied: on a CPU 5 times as fast as enable_gqa.
-    `tokens` are the fewest whose rows a kernel is given; fewer rows, left over by its tiles of 32, are padded."""
-    (T, R), least = q_BGTRD.shape[2:4], max(min(tokens * q_BGTRD.shape[3], 32), 2)
-    q, bias = q_BGTRD.flatten(2, 3), bias.expand(-1, -1, -1, R, -1).flatten(2, 3)
-    if 0 < T * R % 32 < least and q.device.type == "cpu":  # which would take another kernel
-        q, bias = (F.pad(x, (0, 0, 0, least - T * R % 32)) for x in (q, bias))
-    y = F.scaled_dot_product_attention(q, k_BGLD, v_BGLD, bias.expand(len(q), -1, -1, -1), scale=scale)
-    return y[:, :, : T * R].unflatten(2, (T, R))
-
-
-ATTENTION = "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pos, {}) -> Tensor"
-like_attention = lambda q, *_: q.new_empty(*q.shape[:2], q[0, 0].numel())
-
-
-@opaque("attention" + ATTENTION.format("Tensor[] mask, float scale, bool exact"), like_attention)
-def attention(q, k, v, k_cache, v_cache, pos, mask, scale, exact):
-    """One recipe for prefill, decode and verify."""
-    write_cache(k, v, k_cache, v_cache, pos)
-    (B, _, H, D), G = q.shape, k_cache.shape[1]
-    way = recipe(min(B, 2), min(G, 3), D, H // G, q.dtype, torch.get_num_threads()) if exact else attend
-    return way(q, k_cache, v_cache, *mask, scale)
-
-
-def fast_attention(q, k, v, k_cache, v_cache, pos, mask, scale):
-    """Of one token a row, compiled for a CPU, a few loops that Inductor writes: there, calling an op costs more."""
-    if q.shape[1] > 1 or q.device.type != "cpu" or not torch.compiler.is_compiling():
-        return attention(q, k, v, k_cache, v_cache, pos, mask, scale, False)
-    write_cache(k, v, k_cache, v_cache, pos)
-    k, v = (cache[:, :, None, : mask[0].shape[-1]].float() for cache in (k_cache, v_cache))
-    scores = (q[:, 0].unflatten(1, (k.shape[1], -1)).unsqueeze(3).float() * k).sum(-1) * scale + mask[0][:, :, 0]
-    return (scores.softmax(-1).unsqueeze(4) * v).sum(3).to(q.dtype).flatten(1).unsqueeze(1)
-
-
-FAST = Ops(
-    pack=Packed,
-    linear=lambda x, packed: packed(x),
-    rms_norm=lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps),
-    silu_mul=lambda gate_up: F.silu(gate_up[..., : gate_up.shape[-1] // 2]) * gate_up[..., gate_up.shape[-1] // 2 :],
-    mask=lambda mod, pos, *rest: mod.window if pos.is_cuda and hasattr(mod, "window") else dense_mask(mod, pos, *rest),
-    attention=lambda *args: (triton_attention if isinstance(args[6], int) else fast_attention)(*args),
-    log_softmax=lambda logits: F.log_softmax(logits, dim=-1, dtype=torch.float32),
-    compile_options={"size_asserts": False, "alignment_asserts": False, "coordinate_descent_tuning": True},
-)
-
-
-# BATCH_INVARIANT: sums along K run leaf by leaf, attention over keys at absolute positions, opaque to torch.compile.
 def leaf_count(n_kv_heads: int, in_features: int, multiple: int = 32) -> int:
-    """Into how many leaves K is cut where tensor parallelism may cut it: the largest power of two up to 8 that divides
-    the KV heads, else their smallest odd prime factor up to 7; fewer until a leaf is whole multiples of `multiple`."""
-    count = next((n for n in (math.gcd(n_kv_heads, 8), 3, 5, 7) if n > 1 and n_kv_heads % n == 0), 1)
-    while in_features % (count * multiple) and count > 1:
+    """Into how many leaves K is cut where tensor parallelism may cut it: the largest power of two
+    up to 8 that divides the KV heads, else their smallest odd prime factor up to 7; fewer where a
+    leaf would not be a whole multiple of `multiple`."""
+    candidates = (math.gcd(n_kv_heads, 8), 3, 5, 7)
+    count = next((n for n in candidates if n > 1 and n_kv_heads % n == 0), 1)
+    while count > 1 and in_features % (count * multiple):
         count = count // 2 if count % 2 == 0 else 1
     return count
 
 
-def add_leaves(leaves: Tensor | list[Tensor], bias: Tensor | None = None) -> Tensor:
-    """[..., N]: leaves [..., parts, N], or a list, and then the bias, added in fp32, a power of two of them as a binary
-    tree, else from left to right."""
-    leaves = leaves.unbind(-2) if isinstance(leaves, Tensor) else leaves
-    while len(leaves) % 2 == 0:
-        leaves = [a.float() + b for a, b in zip(leaves[::2], leaves[1::2], strict=True)]
-    return functools.reduce(torch.add, [leaves[0].float(), *leaves[1:]] + ([] if bias is None else [bias]))
+class Packed(nn.Module):
+    """A weight [N, K] in its kernel's layout. Inductor cannot trace through such a layout, so a
+    compiled graph names the weight by an integer, its handle. Where a sum over K is `partial`,
+    other ranks have more of its leaves. A subclass has another `pack` and `products`."""
+
+    table = weakref.WeakValueDictionary()  # handle -> Packed, until its layer dies
+    handles = itertools.count()  # alike in every run, so that a cache of compiled graphs serves
+    opaque = True
+    sum_dtype = None  # of what `products` returns; None: as the input
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, leaves=1, partial=False, **grid):
+        super().__init__()
+        self.leaves, self.partial = leaves, partial
+        self.shape = (len(weight),) if leaves == 1 else (leaves, len(weight))  # of a row's products
+        self.handle = next(self.handles)
+        self.table[self.handle] = self
+        self.register_buffer("bias", bias)
+        given = (weight, bias, *grid.values())
+        self.nbytes = sum(x.nbytes for x in given if isinstance(x, Tensor))
+        self.pack(weight, **grid)
+
+    def pack(self, weight: Tensor) -> None:
+        self.register_buffer("weight", blocked(weight))
+        self.opaque = self.weight.is_mkldnn
+
+    def products(self, x: Tensor) -> Tensor:
+        """x W^T + b [..., N], or of several leaves, without the bias, [..., leaves, N]."""
+        return product(x, self.weight, self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + b, in the dtype of x; in fp32 where it is a sum of leaves."""
+        if torch.compiler.is_compiling() and self.opaque:
+            y = opaque_linear(x, self.handle, self.shape, self.sum_dtype)
+        else:
+            y = self.products(x)
+        return y if self.leaves == 1 else add_leaves(y.unbind(-2), self.bias)
 
 
-def one_thread() -> contextlib.ExitStack:
-    stack = contextlib.ExitStack()
-    stack.callback(torch.set_num_threads, torch.get_num_threads())
-    torch.set_num_threads(1)
-    return stack
-
-
-def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Random [*a_shape, K], [*b_shape, K] whose products add up to 0 but for rounding, where their order shows."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(*shape, K // 2, generator=generator) for shape in (a_shape, b_shape))
-    order = torch.randperm(K // 2 * 2, generator=generator)
-    return tuple(F.pad(torch.cat(z, -1)[..., order], (0, K % 2)).to(dtype) for z in ((a, a), (b, -b)))
-
-
-def in_tiles(x: Tensor, weight: Tensor, safe: range, bias: Tensor | None = None) -> Tensor:
-    """A product of as many rows at a time as are safe; where none are, the reference: one thread, tiles of 16 rows."""
-    if x.shape[:-1].numel() in safe:
-        return product(x, weight, bias)
-    least, most = (safe[0], safe[-1]) if safe else (16, 16)  # fewer might be given to another kernel
-    with contextlib.nullcontext() if safe else one_thread():
-        more = lambda tile: F.pad(tile, (0, 0, 0, max(least - len(tile), 0)))
-        y = [product(more(tile), weight, bias)[: len(tile)] for tile in x.flatten(0, -2).split(most)]
-    return torch.cat(y).view(*x.shape[:-1], -1)
-
-
-@functools.cache
-def safe_rows(N: int, K: int, dtype: torch.dtype, leaves: int, threads: int) -> range:
-    """How many rows, up to 512, a product with such a weight may have to be seen with the bits of the reference; the
-    weight may be `leaves` of that shape, stacked, of which each has its own reference."""
-    x, weight = cancelling((512,), (leaves, min(N, 1 << 14)), K, dtype)
-    want = torch.cat([in_tiles(x, blocked(leaf), range(0)) for leaf in weight], dim=1)
-    weight = blocked(weight.flatten(0, 1))
-    counts = (2, 3, 6, 7, 8, 9, 12, 15, 16, 17, 24, 33, 48, 64, 100, 128, 256, 500, 512)
-    agrees = lambda n: torch.equal(product(x[:n], weight), want[:n])
-    return range(1 if agrees(1) else 2, max(itertools.takewhile(agrees, counts), default=0) + 1)
+@opaque(
+    "linear(Tensor x, int handle, int[] shape, ScalarType? dtype) -> Tensor",
+    lambda x, handle, shape, dtype: x.new_empty(*x.shape[:-1], *shape, dtype=dtype),
+)
+def opaque_linear(x: Tensor, handle: int, shape, dtype) -> Tensor:
+    return Packed.table[handle].products(x)
 
 
 class LeafPacked(Packed):
-    """A weight on a CPU whose products round each leaf once."""
+    """A weight on a CPU whose products round each leaf once, at every number of rows alike."""
 
-    def pack(self, weight: Tensor, leaves: int) -> None:
-        parts, self.parts, self.stacked = weight.chunk(leaves, dim=1), leaves, None
-        self.parts_dtype = torch.float32 if leaves > 1 else None
-        self.leaves, self.shape = list(map(blocked, parts)), (*parts[0].shape, weight.dtype)
-        if leaves > 1 and weight.nbytes < 4 << 20:  # a large weight would not notice the 30 us a call that this saves
-            self.stacked = blocked(torch.cat(parts))
-            self.nbytes += weight.nbytes
+    def pack(self, weight: Tensor) -> None:
+        self.leaf_weights = [blocked(leaf) for leaf in weight.chunk(self.leaves, dim=1)]
+        for i, leaf in enumerate(self.leaf_weights):  # where tools look for them
+            self.register_buffer(f"leaf_{i}", leaf)
+        self.sum_dtype = torch.float32 if self.leaves > 1 else None
 
     def products(self, x: Tensor) -> Tensor:
-        (N, K, dtype), G, threads, rows = self.shape, self.parts, torch.get_num_threads(), x.numel() // self.shape[1]
-        if self.stacked is not None and rows <= (48 if AMX else 24) and rows in safe_rows(N, K, dtype, G, threads):
-            # A few rows: one product, of all leaves of the weight and of the rows, is cheap to make and quick to call.
-            y = product(x.reshape(*x.shape[:-1], G, K), self.stacked).view(*x.shape[:-1], G, G, N)
-            return y.diagonal(dim1=-3, dim2=-2).float().movedim(-1, -2)
-        safe = safe_rows(N, K, dtype, 1, threads)
-        if G == 1:
-            return in_tiles(x, *self.leaves, safe, self.bias)
-        return [in_tiles(*pair, safe).float() for pair in zip(x.chunk(G, -1), self.leaves, strict=True)]
+        if self.leaves == 1:
+            return exact_product(x, self.leaf_weights[0], self.bias)
+        y = x.new_empty(*x.shape[:-1], *self.shape, dtype=torch.float32)
+        for i, part in enumerate(x.chunk(self.leaves, dim=-1)):
+            y[..., i, :] = exact_product(part, self.leaf_weights[i])
+        return y
 
 
-# Opaque is what a compiler reorders or rounds in its own way: sums and exp. So are torch.sqrt and pow, but not rsqrt.
-exp = opaque("exp(Tensor x) -> Tensor", torch.empty_like)(torch.exp)
-norm_of = functools.partial(torch.linalg.vector_norm, dim=-1, keepdim=True)
-vector_norm = opaque("vector_norm(Tensor x) -> Tensor", lambda x: torch.empty_like(x[..., :1]))(norm_of)
+def exact_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    tiles = exact_tiles(*weight.shape, x.dtype, torch.get_num_threads())
+    with contextlib.nullcontext() if tiles else one_thread():
+        return product_in_tiles(x, weight, bias, tiles or [16])
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    length = vector_norm(x)
-    return (x * (length * length * (1 / x.shape[-1]) + eps).rsqrt()).mul_(weight)
+def fill_up(x: Tensor, *more: int, value: float = 0) -> Tensor:
+    """F.pad, which would copy what needs none."""
+    return F.pad(x, more, value=value) if any(more) else x
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (gate / exp(-gate).add_(1)).mul_(up).to(gate_up.dtype)
+def product_in_tiles(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: list[int]) -> Tensor:
+    """A product of as many rows at a time as ascending `tiles` say; zeros fill up the last one."""
+    if x.shape[:-1].numel() in tiles:
+        return product(x, weight, bias)
+    y = []
+    for tile in x.flatten(0, -2).split(tiles[-1]):
+        more = next(n for n in tiles if n >= len(tile)) - len(tile)
+        whole = fill_up(tile, 0, 0, 0, more)
+        y.append(product(whole, weight, bias)[: len(tile)])
+    return torch.cat(y).view(*x.shape[:-1], -1)
 
 
-def attend_safely(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale):
-    """What `attend` must agree with, and its stand-in: one thread, rows padded to multiples of 16, each row of a batch
-    alone."""
-    tokens = -(-16 * k_BGLD.shape[1] // q_BTHD.shape[2])
-    rows = zip(*(x.split(1) for x in (q_BTHD, k_BGLD, v_BGLD, bias)), strict=True)
-    with one_thread():
-        return torch.cat([attend(*row, limit_T, scale, tokens, spans=[512]) for row in rows])
+@contextlib.contextmanager
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Random [*a_shape, K] and [*b_shape, K] whose products add up to 0 but for rounding, so that
+    their bits show the order of the additions."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(*a_shape, K // 2, generator=generator)
+    b = torch.randn(*b_shape, K // 2, generator=generator)
+    order = torch.randperm(K // 2 * 2, generator=generator)
+    a = torch.cat((a, a), dim=-1)[..., order]
+    b = torch.cat((b, -b), dim=-1)[..., order]
+    odd = (0, K % 2)
+    return F.pad(a, odd).to(dtype), F.pad(b, odd).to(dtype)
 
 
 @functools.cache
-def recipe(B: int, G: int, head_dim: int, group: int, dtype: torch.dtype, threads: int) -> Callable:
-    """The way through `attend` in which a query's bits are seen to depend on no other query and not on the span."""
-    T, L, pieces = 128, 640, []
-    q, k = cancelling((B, T, G * group), (B, G, 1024), head_dim, dtype)
+def exact_tiles(N: int, K: int, dtype: torch.dtype, threads: int) -> list[int]:
+    """The numbers of rows, powers of two up to 512, at which a product with a weight [N, K] is seen
+    to have the bits of the reference: one thread, tiles of 16 rows."""
+    x, weight = cancelling((512,), (min(N, 1 << 14),), K, dtype)
+    weight = blocked(weight)
+    with one_thread():
+        want = product_in_tiles(x, weight, None, [16])
+    powers = [1 << i for i in range(10)]
+    return [n for n in powers if torch.equal(product(x[:n], weight), want[:n])]
+
+
+def write_cache(k_BTGD, v_BTGD, k_cache, v_cache, pos_BT: Tensor) -> None:
+    """Put new keys and values into [B, G, L, D] at their positions, before anyone attends to
+    them."""
+    for new, cache in ((k_BTGD, k_cache), (v_BTGD, v_cache)):
+        if len(pos_BT) == 1:
+            cache.index_copy_(2, pos_BT[0], new.transpose(1, 2))
+        else:
+            rows = torch.arange(len(pos_BT), device=pos_BT.device)[:, None]
+            cache[rows, :, pos_BT] = new
+
+
+def dense_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, dtype) -> list:
+    """A mask_mod over `span` keys, once for all layers: 0 where a query may look, else -inf,
+    [B, G, T, R, span] with 1 for what it does not depend on; and one past the last key seen [T]."""
+    b = torch.arange(len(pos_BT), device=pos_BT.device)
+    h, q_idx = heads_GR[:, None, :, None], pos_BT[:, None, :, None, None]
+    kv_idx = torch.arange(span, device=pos_BT.device)
+    keep = mask_mod(b.view(-1, 1, 1, 1, 1), h, q_idx, kv_idx)
+    bias = torch.zeros(keep.shape, device=pos_BT.device, dtype=dtype)
+    bias.masked_fill_(~keep, float("-inf"))
+    torch._dynamo.maybe_mark_dynamic(bias, 4)  # the span grows with the text: one graph for all
+    seen_T = keep.any(3).flatten(0, 1).any(0)
+    return [bias, span - seen_T.flip(-1).byte().argmax(-1)]
+
+
+def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale, rows=1, spans=range(64, 513, 64)):
+    """Attention [B, T, H * D] in blocks of 128 tokens, which skip keys behind the last one they may
+    see. The R queries of a KV head and a token become rows, so that no key is copied: on a CPU five
+    times as fast as enable_gqa. Rows are filled up to a multiple of `rows`, and keys, by others of
+    the cache, to one of `spans` beyond whole blocks of 512."""
+    q_BGTRD = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2)
+    R, L = q_BGTRD.shape[3], filled(bias.shape[-1], spans)
+    bias = fill_up(bias, 0, L - bias.shape[-1], value=float("-inf"))
+    bias = bias.expand(len(q_BTHD), -1, -1, R, -1)
+    blocks = []
+    for start in range(0, len(limit_T), 128):
+        now, span = slice(start, start + 128), L
+        if len(limit_T) > 1 and not q_BTHD.is_cuda:  # on a GPU, nobody may wait for a limit
+            span = filled(int(limit_T[now].max()), spans)
+        q = q_BGTRD[:, :, now].flatten(2, 3)
+        more = (0, 0, 0, -q.shape[2] % rows)
+        mask = fill_up(bias[:, :, now, :, :span].flatten(2, 3), *more)
+        keys, values = k_BGLD[:, :, :span], v_BGLD[:, :, :span]
+        y = F.scaled_dot_product_attention(fill_up(q, *more), keys, values, mask, scale=scale)
+        y = y[:, :, : q.shape[2]]
+        blocks.append(y.unflatten(2, (-1, R)))
+    y_BGTRD = torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]
+    return y_BGTRD.transpose(1, 2).flatten(2)
+
+
+def filled(keys: int, spans) -> int:
+    return keys // 512 * 512 + next(span for span in (0, *spans) if span >= keys % 512)
+
+
+@functools.cache
+def exact_spans(B: int, G: int, D: int, R: int, dtype, threads: int) -> list[int]:
+    """The spans with which 16 rows at a time are seen to have the bits of the reference, one thread
+    and a row of the batch alone with spans of 512, in texts of all lengths and with few and many
+    new tokens; no span where even 512 has other bits."""
+    T, L = 128, 640
+    q, k = cancelling((1, T, G * R), (1, G, 1024), D, dtype)
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    v[:, :, ::4] *= 1 << 12  # with equal weights these cancel, and leave what they have made of the sums between them
-    v[:, :, 2::4] = -v[:, :, ::4]
-    for scale, start in itertools.product((2.0**21, 0.0), range(0, 512, 118)):  # so that all multiples of 64 occur
-        pos_BT, heads_GR = torch.arange(start, start + T).expand(B, -1), torch.zeros(G, group)
-        bias, limit = dense_mask(causal, pos_BT, L, heads_GR, dtype)
-        want = attend_safely(q, k, v, bias, limit, scale)
-        for count, end in [*itertools.product((1, 2, 3, 16, 40, T), (16, 32, 64, T)), *((n, T) for n in range(4, 33))]:
-            now, span = slice(max(end - count, 0), end), -(-(start + end) // 64) * 64
-            pieces += [(span, want[:, now], q[:, now], k, v, bias[:, :, now, :, :span], limit[now], scale)]
+    v[:, :, ::4] *= 1 << 12  # with equal weights these cancel,
+    v[:, :, 2::4] = -v[:, :, ::4]  # and leave what they have made of the sums between them
+    trials = []  # keys, arguments of `attend`, and what it should return
+    for scale, start in itertools.product((2.0**21, 0.0), range(0, 512, 118)):
+        pos_BT = torch.arange(start, start + T)[None]
+        bias, limit_T = dense_mask(causal, pos_BT, L, torch.zeros(G, R), dtype)
+        with one_thread():
+            want = attend(q, k, v, bias, limit_T, scale, 16, [512]).repeat(B, 1, 1)
+        many = [x.repeat(B, 1, 1, 1) for x in (q, k, v)]
+        for count, end in itertools.product((1, 2, 6, 11, 40, T), (32, T)):
+            now = slice(max(end - count, 0), end)
+            keys = -(-(start + end) // 64) * 64
+            mask = (bias[:, :, now, :, :keys], limit_T[now])
+            args = (many[0][:, now], *many[1:], *mask, scale, 16)
+            trials.append((keys, args, want[:, now]))
 
-    fit = lambda n: (piece for span, *piece in pieces if span % 512 <= n)
-    seen = lambda tokens, *spans: all(torch.equal(attend(*args, tokens, spans), y) for y, *args in fit(spans[0]))
-    tokens = next((n for n in (1, 2, -(-16 // group)) if seen(n, 512)), 0)
-    spans = [n for n in range(64, 513, 64) if tokens and seen(tokens, n, 512)]
-    return functools.partial(attend, tokens=tokens, spans=spans) if tokens else attend_safely
+    def agrees(span: int) -> bool:
+        fitting = ((args, want) for keys, args, want in trials if keys % 512 <= span)
+        return all(torch.equal(attend(*args, [span, 512]), want) for args, want in fitting)
+
+    return [span for span in range(64, 513, 64) if agrees(span)] if agrees(512) else []
 
 
-# The same on a GPU: a dot adds to one fp32 accumulator in ascending k, BLOCK_K at a time at every M, so bits depend on
-# neither the shape of a tile nor its warps. FMA contraction is off, as it may differ between kernels.
+ATTENTION = "Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pos"
+
+
+def like_attention(q, *others):
+    return q.new_empty(*q.shape[:2], q[0, 0].numel())
+
+
+@opaque(f"attention({ATTENTION}, Tensor[] mask, float scale, bool exact) -> Tensor", like_attention)
+def cpu_attention(q, k, v, k_cache, v_cache, pos, mask, scale, exact):
+    """One recipe for prefill, decode and verify."""
+    write_cache(k, v, k_cache, v_cache, pos)
+    args = (q, k_cache, v_cache, *mask, scale)
+    if not exact:
+        return attend(*args)
+    (B, _, H, D), G = q.shape, k_cache.shape[1]
+    shape = (min(B, 2), min(G, 3), D, H // G)  # more of the same would show nothing new
+    spans = exact_spans(*shape, q.dtype, torch.get_num_threads())
+    if spans:
+        return attend(*args, 16, spans)
+    bias = mask[0].expand(B, -1, -1, -1, -1)
+    rows = zip(*(x.split(1) for x in (q, k_cache, v_cache, bias)), strict=True)
+    with one_thread():  # the reference, each row of the batch alone
+        return torch.cat([attend(*row, mask[1], scale, 16, [512]) for row in rows])
+
+
+# A compiler reorders sums, and rounds exp in its own way.
+exp = opaque("exp(Tensor x) -> Tensor", torch.empty_like)(torch.exp)
+
+
+@opaque("vector_norm(Tensor x) -> Tensor", lambda x: torch.empty_like(x[..., :1]))
+def vector_norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+@opaque(
+    "gpu_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, *_: x.new_empty(x.shape)
+)
+def gpu_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """In fp32, where PyTorch's own kernel gives each row a block of threads to itself."""
+    y = F.rms_norm(x.float().contiguous(), weight.shape, weight.float(), eps)
+    return y.to(x.dtype)
+
+
 SPLIT = 512  # keys that one program attends to before their sum joins that of others
 
 
 @functools.cache
 def triton_kernels() -> SimpleNamespace:
-    """Triton, imported when a GPU asks; global, where the interpreter finds it."""
+    """Triton, imported when a GPU asks. `tl` is global, where the interpreter finds it."""
     global tl
     import triton
     import triton.language as tl
 
-    # What varies from call to call is not specialized: another layout may add up in another order.
+    # A dot adds to one fp32 accumulator in one order of k at every M, so bits depend on neither the
+    # shape of a tile nor its warps. (k ascends; before Hopper it is permuted within 32 for
+    # quantized weights, of which a thread reads four neighbours at once.) FMA contraction is off,
+    # as it may differ between kernels. What varies from call to call is not specialized, for the
+    # same reason.
     @triton.jit(do_not_specialize=["M"])
-    def linear(x, w, scale, grid, bias, y, M, N, K, leaf, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
-               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-        """One leaf of one tile of y. The weight is the left operand, where wgmma wants 64 rows: it serves every M."""
-        n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
-        m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[None, :]
+    def linear(
+        x, w, scale, grid, bias, y, M, N, K, leaf,
+        GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ):  # fmt: skip
+        """One leaf of one tile of y [M, leaves, N]. The weight is the left operand, where wgmma
+        wants 64 rows: it serves every M."""
+        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        n, m = n.to(tl.int64)[:, None], m.to(tl.int64)[None, :]
+        begin = tl.program_id(2) * leaf
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for start in range(tl.program_id(2) * leaf, (tl.program_id(2) + 1) * leaf, BLOCK_K):
-            a = tl.load(x + m * K + start + tl.arange(0, BLOCK_K)[:, None], mask=m < M, other=0)
+        for k in range(begin, begin + leaf, BLOCK_K):
+            here = k + tl.arange(0, BLOCK_K)
+            a = tl.load(x + m * K + here[:, None], mask=m < M, other=0)
             if grid is None:
-                b = tl.load(w + n * K + start + tl.arange(0, BLOCK_K)[None, :], mask=n < N, other=0)
+                b = tl.load(w + n * K + here[None, :], mask=n < N, other=0)
             else:  # 4 bits, of one group or several
                 GROUPS: tl.constexpr = (BLOCK_K + GROUP - 1) // GROUP
-                b = tl.load(w + (n * K + start) // 2 + tl.arange(0, BLOCK_K // 2)[None, :], mask=n < N, other=0)
-                at = n * (K // GROUP) + start // GROUP + tl.arange(0, GROUPS)[None, :]
-                pair = tl.load(grid + at, mask=n < N, other=0)[:, :, None]
+                bytes_at = (n * K + k) // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
+                codes = tl.load(w + bytes_at, mask=n < N, other=0)
+                codes = tl.interleave(codes & 15, codes >> 4).to(tl.float32)
+                codes = codes.reshape(BLOCK_N, GROUPS, BLOCK_K // GROUPS)
+                pair_at = n * (K // GROUP) + k // GROUP + tl.arange(0, GROUPS)[None, :]
+                pair = tl.load(grid + pair_at, mask=n < N, other=0)[:, :, None]
                 zeros = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-                b = tl.interleave(b & 15, b >> 4).to(tl.float32).reshape(BLOCK_N, GROUPS, BLOCK_K // GROUPS)
-                b = ((b - zeros) * (pair << 16).to(tl.float32, bitcast=True)).reshape(BLOCK_N, BLOCK_K)
+                scales = (pair << 16).to(tl.float32, bitcast=True)
+                b = ((codes - zeros) * scales).reshape(BLOCK_N, BLOCK_K)
             acc = tl.dot(b.to(a.dtype), a, acc, input_precision="ieee")
-        acc *= 1 if scale is None else tl.load(scale + n, mask=n < N, other=0).to(tl.float32)
-        acc += 0 if bias is None else tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
+        if scale is not None:
+            acc *= tl.load(scale + n, mask=n < N, other=0).to(tl.float32)
+        if bias is not None:
+            acc += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
         y += (m * tl.num_programs(2) + tl.program_id(2)) * N + n
         tl.store(y, acc.to(y.dtype.element_ty), mask=(m < M) & (n < N))
 
     @triton.jit(do_not_specialize=["T", "L", "window"])
-    def attention(q, k_cache, v_cache, pos, parts, y, T, L, window, scale, G: tl.constexpr, GROUP: tl.constexpr,
-                  D: tl.constexpr, SPLIT: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
-        """A block of rows, the queries of one KV head, over their splits in ascending order. Of each split, and of all
-        until now, it has the highest score, the sum of the weights relative to that, and the weighted sum of the
-        values. Without `y` a program leaves its one split in `parts`, without keys it finds them all there."""
-        b, g = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
-        r, d = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, D_PAD)[None, :]
-        t, row = r // GROUP, (b * T + r // GROUP) * (G * GROUP) + g * GROUP + r % GROUP
+    def attention(
+        q, k_cache, v_cache, pos, parts, y, T, L, window, scale, G: tl.constexpr, R: tl.constexpr,
+        D: tl.constexpr, SPLIT: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
+    ):  # fmt: skip
+        """A block of rows, the queries of one KV head, over splits in ascending order. Of a split,
+        and of all until now, it has the highest score, the sum of the weights relative to that, and
+        that of weighted values. Without `y` it leaves one in `parts`, without keys it finds all."""
+        b = (tl.program_id(1) // G).to(tl.int64)
+        g = tl.program_id(1) % G
+        r = tl.program_id(0) * TILE + tl.arange(0, TILE)
+        d = tl.arange(0, D_PAD)[None, :]
+        t = r // R
+        row = (b * T + t) * (G * R) + g * R + r % R
         p = tl.load(pos + b * T + tl.minimum(t, T - 1)).to(tl.int32)
-        first, last = tl.maximum(tl.min(p, 0) - window + 1, 0), tl.max(p, 0)  # keys that a row of the block may see
+        first = tl.maximum(tl.min(p, 0) - window + 1, 0)  # the keys that a row of the block may see
+        last = tl.max(p, 0)
         real = (t < T)[:, None] & (d < D)
         queries = tl.load(q + row[:, None] * D + d, mask=real, other=0)
-        none, zero = tl.zeros((TILE,), tl.float32), tl.zeros((TILE, D_PAD), tl.float32)
-        top, total, acc = none - 3e38, none, zero
+        total = tl.zeros((TILE,), tl.float32)
+        acc = tl.zeros((TILE, D_PAD), tl.float32)
+        top = total - 3e38
         for split in range(tl.program_id(2), last // SPLIT + 1, tl.num_programs(2)):
             if k_cache is None:
                 part = parts + (row * tl.cdiv(L, SPLIT) + split) * (D + 2)
-                top_s, total_s = tl.load(part, mask=t < T, other=0), tl.load(part + 1, mask=t < T, other=1)
+                top_s = tl.load(part, mask=t < T, other=0)
+                total_s = tl.load(part + 1, mask=t < T, other=1)
                 acc_s = tl.load(part[:, None] + 2 + d, mask=real, other=0)
             else:
-                top_s, total_s, acc_s = none - 3e38, none, zero
+                total_s = tl.zeros((TILE,), tl.float32)
+                acc_s = tl.zeros((TILE, D_PAD), tl.float32)
+                top_s = total_s - 3e38
                 start = tl.maximum(split * SPLIT, first // TILE * TILE)
                 for key in range(start, tl.minimum(split * SPLIT + SPLIT, last + 1), TILE):
                     j = key + tl.arange(0, TILE)
-                    at, there = ((b * G + g) * L + j[:, None]) * D + d, (j <= last)[:, None] & (d < D)
+                    at = ((b * G + g) * L + j[:, None]) * D + d
+                    there = (j <= last)[:, None] & (d < D)
                     keys = tl.load(k_cache + at, mask=there, other=0)
                     values = tl.load(v_cache + at, mask=there, other=0)
                     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
                     back = p[:, None] - j[None, :]
                     scores = tl.where((back >= 0) & (back < window), scores, float("-inf"))
                     both = tl.maximum(top_s, tl.max(scores, 1))
-                    weights, old = tl.exp2(scores - both[:, None]), tl.exp2(top_s - both)
-                    top_s, total_s = both, total_s * old + tl.sum(weights, 1)
-                    acc_s = tl.dot(weights.to(values.dtype), values, acc_s * old[:, None], input_precision="ieee")
-            both = tl.maximum(top, top_s)  # a split that a row sees nothing of changes no bits of it
-            old, new = tl.exp2(top - both), tl.exp2(top_s - both)
-            top, total, acc = both, total * old + total_s * new, acc * old[:, None] + acc_s * new[:, None]
+                    weights = tl.exp2(scores - both[:, None])
+                    old = tl.exp2(top_s - both)
+                    top_s = both
+                    total_s = total_s * old + tl.sum(weights, 1)
+                    acc_s *= old[:, None]
+                    acc_s = tl.dot(weights.to(values.dtype), values, acc_s, input_precision="ieee")
+            both = tl.maximum(
+                top, top_s
+            )  # a split that a row sees nothing of changes none of its bits
+            old = tl.exp2(top - both)
+            new = tl.exp2(top_s - both)
+            top = both
+            total = total * old + total_s * new
+            acc = acc * old[:, None] + acc_s * new[:, None]
         if y is None:
             part = parts + (row * tl.cdiv(L, SPLIT) + tl.program_id(2)) * (D + 2)
             tl.store(part, top, mask=t < T)
             tl.store(part + 1, total, mask=t < T)
             tl.store(part[:, None] + 2 + d, acc, mask=real)
         else:
-            tl.store(y + row[:, None] * D + d, (acc / total[:, None]).to(y.dtype.element_ty), mask=real)
+            y += row[:, None] * D + d
+            tl.store(y, (acc / total[:, None]).to(y.dtype.element_ty), mask=real)
 
-    return SimpleNamespace(**locals())
+    return SimpleNamespace(linear=linear, attention=attention)
 
 
 class TritonPacked(Packed):
-    """A weight on a GPU, as it is or quantized: int8 [N, K], or uint8 [N, K / 2] of two numbers, the low nibble at
-    the even k. Such a weight is (q - zero) * scale, with scale and zero [N, K / group], where None is zero."""
+    """A weight on a GPU, as it is or quantized as quantize.py says."""
 
-    parts_dtype = property(lambda self: torch.float32 if self.parts > 1 or self.partial else None)
-    LAUNCHES = {  # by the most rows M; only what changes no bits. Shared memory fits 99 KB, which is sm_89
+    # By the most rows M; only what changes no bits. Shared memory fits the 99 KB of sm_89.
+    LAUNCHES = {
         16: {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
         64: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
         math.inf: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
     }
 
-    def pack(self, weight, leaves, scale=None, zero=None):
-        self.weight, self.parts, self.scale, self.grid = weight.contiguous(), max(leaves, 1), scale, None
-        if zero is not None:  # with the scale as one number, since a kernel loads no smaller ones ahead
-            pairs = torch.stack((scale.bfloat16().view(torch.int16), zero.half().view(torch.int16)), dim=-1)
-            self.scale, self.grid = None, pairs.view(torch.int32).squeeze(-1)
+    def pack(self, weight: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> None:
+        if self.leaves > 1 or self.partial:
+            self.sum_dtype = torch.float32
+        grid = None
+        if (
+            zero is not None
+        ):  # scale and zero as one number, as a kernel loads no smaller ones ahead
+            pair = (scale.bfloat16().view(torch.int16), zero.half().view(torch.int16))
+            scale, grid = None, torch.stack(pair, dim=-1).view(torch.int32).squeeze(-1)
+        self.register_buffer("weight", weight.contiguous())
+        self.register_buffer("scale", scale)
+        self.register_buffer("grid", grid)
 
-    def products(self, x):
-        N, K, M, leaves = self.out_features, x.shape[-1], x.shape[:-1].numel(), self.parts
+    def products(self, x: Tensor) -> Tensor:
+        N, leaves = self.shape[-1], self.leaves
+        M, K = x.shape[:-1].numel(), x.shape[-1]
         launch = next(launch for most, launch in self.LAUNCHES.items() if M <= most)
-        # No block straddles a leaf.
-        block = math.gcd(min(128 // self.weight.itemsize, launch["BLOCK_K"] * 2 // x.itemsize), K // leaves)
-        programs = -(-N // launch["BLOCK_N"]), -(-M // launch["BLOCK_M"]), leaves
-        y = x.new_empty(*x.shape[:-1], *(leaves, N)[leaves == 1 :], dtype=self.parts_dtype)
-        args = x.contiguous(), self.weight, self.scale, self.grid, self.bias if leaves == 1 else None, y
-        sizes = M, N, K, K // leaves, 1 if self.grid is None else K // self.grid.shape[1]
-        options = launch | {"BLOCK_K": block, "enable_fp_fusion": False}
-        triton_kernels().linear[programs](*args, *sizes, **options)
+        most_k = min(128 // self.weight.itemsize, launch["BLOCK_K"] * 2 // x.itemsize)
+        block_k = math.gcd(most_k, K // leaves)  # no block straddles a leaf
+        programs = (-(-N // launch["BLOCK_N"]), -(-M // launch["BLOCK_M"]), leaves)
+        y = x.new_empty(*x.shape[:-1], *self.shape, dtype=self.sum_dtype)
+        bias = self.bias if leaves == 1 else None
+        group = 1 if self.grid is None else K // self.grid.shape[1]
+        tensors = (x.contiguous(), self.weight, self.scale, self.grid, bias, y)
+        options = launch | {"BLOCK_K": block_k, "enable_fp_fusion": False}
+        triton_kernels().linear[programs](*tensors, M, N, K, K // leaves, group, **options)
         return y
 
 
-def window_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, dtype: torch.dtype):
-    """On a GPU, where the kernel computes the mask, the window; on a CPU a dense mask."""
-    if pos_BT.is_cuda and not hasattr(mask_mod, "window"):
-        raise ValueError(f"on a GPU, deterministic attention is causal or a sliding_window, not {mask_mod}")
-    return mask_mod.window if pos_BT.is_cuda else dense_mask(mask_mod, pos_BT, span, heads_GR, dtype)
-
-
-@opaque("triton_attention" + ATTENTION.format("int window, float scale"), like_attention)
+@opaque(f"triton_attention({ATTENTION}, int window, float scale) -> Tensor", like_attention)
 def triton_attention(q, k, v, k_cache, v_cache, pos, window, scale):
     write_cache(k, v, k_cache, v_cache, pos)
-    (B, T, H, D), (_, G, L, _), q, pos = q.shape, k_cache.shape, q.contiguous(), pos.contiguous()
+    B, T, H, D = q.shape
+    G, L = k_cache.shape[1:3]
     tile = 64 if D * q.itemsize <= 256 else 32  # shared memory and registers hold no more
-    blocks, splits, y, parts = -(-T * H // G // tile), -(-L // SPLIT), q.new_empty(B, T, H * D), None
+    blocks, splits = -(-T * H // G // tile), -(-L // SPLIT)
+    y, parts = q.new_empty(B, T, H * D), None
     launches = [(k_cache, y, 1)]
-    if blocks == 1 < splits:  # a program would be alone with them all: one for each, and one that adds them up
+    if blocks == 1 < splits:  # no program is alone with all splits: each has one, another adds up
         parts = q.new_empty(B * T * H, splits, D + 2, dtype=torch.float32)
         launches = [(k_cache, None, splits), (None, y, 1)]
-    sizes = T, L, window, scale * math.log2(math.e), G, H // G, D, SPLIT, max(16, 1 << (D - 1).bit_length()), tile
-    options = {"num_warps": 4, "num_stages": 2 if q.itemsize == 2 else 1, "enable_fp_fusion": False}
+    d_pad = max(16, 1 << (D - 1).bit_length())
+    sizes = (T, L, window, scale * math.log2(math.e), G, H // G, D, SPLIT, d_pad, tile)
+    stages = 2 if q.itemsize == 2 else 1
+    options = {"num_warps": 4, "num_stages": stages, "enable_fp_fusion": False}
+    kernel = triton_kernels().attention
     for keys, out, programs in launches:
-        triton_kernels().attention[blocks, B * G, programs](q, keys, v_cache, pos, parts, out, *sizes, **options)
+        tensors = (q.contiguous(), keys, v_cache, pos.contiguous(), parts, out)
+        kernel[blocks, B * G, programs](*tensors, *sizes, **options)
     return y
 
 
-@opaque("gpu_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, *others: x.new_empty(x.shape))
-def gpu_rms_norm(x, weight, eps):
-    """In fp32, where PyTorch's own kernel is called, which gives each row a block of threads to itself."""
-    return F.rms_norm(x.float().contiguous(), weight.shape, weight.float(), eps).to(x.dtype)
+class Fast:
+    """What PyTorch does best. `pack` and `mask` make what `linear` and `attention` are given."""
+
+    exact = False  # whether bits depend on nothing but a token's own prefix
+    compile_options = {"size_asserts": False, "alignment_asserts": False}
+    compile_options |= {"coordinate_descent_tuning": True}
+
+    def pack(self, weight: Tensor, bias: Tensor | None, leaves: int, partial: bool) -> Packed:
+        """A float weight [N, K], and the leaves that `BatchInvariant` cuts K into."""
+        return Packed(weight, bias)
+
+    def linear(self, x: Tensor, packed: Packed) -> Tensor:
+        """x W^T + b."""
+        return packed(x)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Over the last dimension."""
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up, of the two halves."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def mask(self, mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, dtype):
+        """Over `span` keys; of a window on a GPU, where the kernel computes it, the window."""
+        if pos_BT.is_cuda and hasattr(mask_mod, "window"):
+            return mask_mod.window
+        if pos_BT.is_cuda and self.exact:
+            raise InputError(
+                f"deterministic attention on a GPU needs a sliding_window, not {mask_mod}"
+            )
+        return dense_mask(mask_mod, pos_BT, span, heads_GR, dtype)
+
+    def attention(self, q_BTHD, k_BTGD, v_BTGD, k_cache, v_cache, pos_BT, mask, scale) -> Tensor:
+        """[B, T, H * D]. New keys and values are first written to the caches [B, G, L, D]."""
+        tensors = (q_BTHD, k_BTGD, v_BTGD, k_cache, v_cache, pos_BT)
+        if isinstance(mask, int):
+            return triton_attention(*tensors, mask, scale)
+        return cpu_attention(*tensors, mask, scale, self.exact)
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """fp32, over the last dimension."""
+        return F.log_softmax(logits, dim=-1, dtype=torch.float32)
 
 
-BATCH_INVARIANT = Ops(
-    pack=lambda weight, *args: (TritonPacked if weight.is_cuda else LeafPacked)(weight, *args),
-    linear=FAST.linear,
-    rms_norm=lambda x, w, eps: (gpu_rms_norm if x.is_cuda else rms_norm)(x, w, eps),
-    silu_mul=silu_mul,
-    mask=window_mask,
-    attention=lambda q, *args: triton_attention(q, *args) if q.is_cuda else attention(q, *args, True),
-    # On a GPU, a block of threads adds up a row by the alignment of its first number.
-    log_softmax=lambda x: FAST.log_softmax(F.pad(x, (0, -x.shape[-1] % 4), value=-math.inf))[..., : x.shape[-1]],
-    compile_options={"emulate_precision_casts": True, "pattern_matcher": False},
-    exact=True,
-)
+class BatchInvariant(Fast):
+    """Sums along K run leaf by leaf, attention over keys at absolute positions."""
+
+    exact = True
+    compile_options = {"emulate_precision_casts": True, "pattern_matcher": False}
+    # Else compiled code for a GPU divides approximately.
+    compile_options |= {"eager_numerics.division_rounding": True}
+
+    def pack(self, weight, bias, leaves, partial):
+        kind = TritonPacked if weight.is_cuda else LeafPacked
+        return kind(weight, bias, leaves, partial)
+
+    def rms_norm(self, x, weight, eps):
+        if x.is_cuda:
+            return gpu_rms_norm(x, weight, eps)
+        length = vector_norm(x)
+        mean = length * length * (1 / x.shape[-1])
+        # A compiler rounds torch.sqrt and pow otherwise, but not rsqrt.
+        return (x * (mean + eps).rsqrt()).mul_(weight)
+
+    def silu_mul(self, gate_up):
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return (gate / exp(-gate).add_(1)).mul_(up).to(gate_up.dtype)
+
+    def log_softmax(self, logits):
+        # On a GPU, a block of threads adds up a row by the alignment of its first number.
+        padded = fill_up(logits, 0, -logits.shape[-1] % 4, value=-math.inf)
+        return super().log_softmax(padded)[..., : logits.shape[-1]]
+
+
+FAST = Fast()
+BATCH_INVARIANT = BatchInvariant()
