@@ -1,9 +1,10 @@
-"""int8 and int4 weights of linear layers, and the command that writes a checkpoint directory of them.
+"""int8 and int4 weights of linear layers, and the command that writes a directory of them:
 
-python quantize.py --mode int4 --group_size 64 --checkpoint_path DIR --out NEW     without them: the default model, 32
+python quantize.py --mode int4 --group_size 64 --checkpoint_path DIR --out NEW
 
-On disk a weight [N, K] is (code - zero) * scale: int8 [N, K] with a scale a row and no zero, or uint8 [N, K / 2], the
-low nibble at even k, with scale and zero [N, K / group]. The head is int8 either way, or on disk a tied embedding."""
+On disk a weight [N, K] is (code - zero) * scale: int8 [N, K] with a scale a row [N, 1] and no zero,
+or uint8 [N, K / 2], the low nibble at even k, with scale and zero [N, K / group]. The head is int8
+either way, or on disk a tied embedding."""
 
 import itertools
 import math
@@ -13,123 +14,165 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import AMX, Ops, Packed, TritonPacked, add_leaves, opaque_linear
-from scripts import download
+from kernels import AMX, Fast, Packed, TritonPacked, add_leaves, opaque_linear
 
 
 class Int8Linear(Packed):
-    """8-bit weights with a scale a row. On a CPU, an input is two 7-bit numbers and a scale for each token and leaf:
-    sums of integers have no order, so bits are the same at any number of rows, and 8-bit units make them. With an
-    eighth bit, units without VNNI would cut off pairs of products at 2^15."""
+    """8-bit weights with a scale a row. On a CPU, an input is two 7-bit numbers and a scale for
+    each token and leaf: sums of integers have no order, so bits are the same at any number of rows.
+    With an eighth bit, units without VNNI would cut off sums of two products at 2^15."""
 
     @staticmethod
     def from_float(weight: Tensor, group_size: int) -> dict[str, Tensor]:
-        scale = (weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127).bfloat16()
-        return {"weight": (weight / scale.float()).round().clamp(-127, 127).to(torch.int8), "scale": scale}
+        largest = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30)
+        scale = (largest / 127).bfloat16()
+        codes = (weight / scale.float()).round().clamp(-127, 127)
+        return {"weight": codes.to(torch.int8), "scale": scale}
 
-    def pack(self, weight: Tensor, leaves: int, scale: Tensor) -> None:
-        self.parts, self.fast = max(leaves, 1), AMX and not leaves
-        # Leaves are stacked: one product of them all and of those of an input has all that is wanted, and is quick.
-        weight, scale = torch.cat(weight.chunk(self.parts, dim=1)), scale.float().flatten().repeat(self.parts)
+    def pack(self, weight: Tensor, scale: Tensor, exact: bool) -> None:
+        self.expands = AMX and not exact
+        # Leaves are stacked: one quick product of them all and those of an input has all that is
+        # wanted.
+        weight = torch.cat(weight.chunk(self.leaves, dim=1))
+        scale = scale.float().flatten().repeat(self.leaves)
         zeros = torch.zeros_like(scale, dtype=torch.int64)
         if AMX:  # oneDNN, quick at many rows with AMX
-            args = torch.ops.onednn.qlinear_prepack(weight, None), scale, zeros, None, 1.0, 0
-            self.op, self.args = torch.ops.onednn.qlinear_pointwise.default, (*args, torch.float32, "none", [], "")
-        else:  # FBGEMM, of which a call takes half the time
-            with warnings.catch_warnings(action="ignore"):  # there is no other way in than a type that is deprecated
+            self.register_buffer("weight", torch.ops.onednn.qlinear_prepack(weight, None))
+            self.register_buffer("scale", scale)
+            self.op = torch.ops.onednn.qlinear_pointwise.default
+            self.packed = (self.weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+        else:  # FBGEMM: oneDNN without AMX takes twice the time, and 20 times that for a head
+            with warnings.catch_warnings(action="ignore"):  # of the only type that leads there
                 codes = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
-            self.args = (torch.ops.quantized.linear_prepack(codes, None),)
             self.op = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+            self.packed = (torch.ops.quantized.linear_prepack(codes, None),)
 
     def products(self, codes: Tensor) -> Tensor:
-        return self.op(codes, 1.0, 64, *self.args)
+        return self.op(codes, 1.0, 64, *self.packed)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.fast and x.dtype != torch.float16 and x.shape[:-1].numel() >= 64 and not torch.compiler.is_compiling():
-            y = x @ self.args[0].to_dense().to(x.dtype) * self.args[1].to(x.dtype)
-            return y if self.bias is None else (y + self.bias).to(x.dtype)
-        x_GK = x.unflatten(-1, (self.parts, -1)).float()
+    def forward(self, x: Tensor) -> Tensor:
+        if self.expands and x.shape[:-1].numel() >= 64 and not torch.compiler.is_compiling():
+            if x.dtype != torch.float16:  # which could not hold the sums of codes
+                return self.expanded_product(x)
+        x_GK = x.unflatten(-1, (self.leaves, -1)).float()
         step = x_GK.abs().amax(-1, keepdim=True).clamp(min=1e-30) * (1 / 63)
-        high = (x_GK := x_GK / step).round()
-        codes = torch.stack((high, (x_GK - high).mul_(126).round_()), dim=-3)
-        codes = (codes + 64).to(torch.uint8) if AMX else codes
-        sums = opaque_linear(codes.flatten(0, -2), self.handle, (self.parts * self.out_features,), torch.float32)
-        sums = sums.view(*codes.shape[:-1], self.parts, -1).diagonal(dim1=-3, dim2=-2).transpose(-1, -2)
-        high, low = sums.unbind(-3)
-        y = add_leaves((low * (1 / 126)).add_(high).mul_(step), self.bias)
-        return y if self.parts > 1 or self.partial else y.to(x.dtype)
+        steps = x_GK / step
+        high = steps.round()
+        low = (steps - high).mul_(126).round_()
+        codes = torch.stack((high, low), dim=-3)
+        if AMX:
+            codes = (codes + 64).to(torch.uint8)
+        outputs = (math.prod(self.shape),)
+        sums = opaque_linear(codes.flatten(0, -2), self.handle, outputs, torch.float32)
+        sums = sums.view(*codes.shape[:-1], self.leaves, -1)
+        own = sums.diagonal(dim1=-3, dim2=-2).transpose(
+            -1, -2
+        )  # each leaf of the weight's own part
+        high, low = own.unbind(-3)
+        leaves = (low * (1 / 126)).add_(high).mul_(step)
+        y = add_leaves(leaves.unbind(-2), self.bias)
+        return y if self.leaves > 1 or self.partial else y.to(x.dtype)
+
+    def expanded_product(self, x: Tensor) -> Tensor:
+        y = x @ self.weight.to_dense().to(x.dtype) * self.scale.to(x.dtype)
+        return y if self.bias is None else (y + self.bias).to(x.dtype)
 
 
 class Int4Linear(Packed):
-    """4-bit weights with a scale and a zero for each group along K. On a CPU, PyTorch's kernel adds up in one order at
-    every number of rows, but slowly for many: there, if no leaf is asked for, the weight is expanded."""
+    """4-bit weights with a scale and a zero for each group along K. On a CPU, PyTorch's kernel adds
+    up in one order at every number of rows, but slowly for many: there, where bits may differ, the
+    weight is expanded."""
 
     @staticmethod
     def from_float(weight: Tensor, group_size: int) -> dict[str, Tensor]:
-        """Rounded to nearest between two limits, 0 among them: of the least and the largest of a group, and of some
-        narrower pairs, each group has those that change it least (clipping of AWQ, Lin et al. 2023, without data)."""
+        """Rounded to nearest between two limits, 0 among them: of the least and the largest of a
+        group, and of some narrower pairs, each group has those that change it least (the clipping
+        of AWQ, Lin et al. 2023, without data)."""
         w = weight.float().unflatten(1, (-1, group_size))
-        least, most, best = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0), None
+        least = w.amin(-1, keepdim=True).clamp(max=0)
+        most = w.amax(-1, keepdim=True).clamp(min=0)
+        best = None
         for low, high in itertools.product((1, 0.92, 0.84, 0.76), repeat=2):
-            scale = ((high * most - low * least) / 15).clamp(min=1e-30).bfloat16()
+            width = high * most - low * least
+            scale = (width / 15).clamp(min=1e-30).bfloat16()
             zero = (-low * least / scale).half()
             codes = (w / scale + zero).round().clamp(0, 15)
-            now = (w - (codes - zero) * scale).square().sum(-1, keepdim=True), codes, scale, zero
-            best = [torch.where(now[0] < best[0], *pair) for pair in zip(now, best, strict=True)] if best else now
+            error = (w - (codes - zero) * scale).square().sum(-1, keepdim=True)
+            found = [error, codes, scale, zero]
+            if best is None:
+                best = found
+            better = error < best[0]
+            best = [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
         _, codes, scale, zero = (x.flatten(1) for x in best)
-        return {"weight": (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8), "scale": scale, "zero": zero}
+        pairs = codes[:, ::2] + 16 * codes[:, 1::2]
+        return {"weight": pairs.to(torch.uint8), "scale": scale, "zero": zero}
 
-    def pack(self, weight: Tensor, leaves: int, scale: Tensor, zero: Tensor) -> None:
-        self.parts, self.leaves = max(leaves, 1), []
-        self.many = math.inf if leaves or torch.backends.cpu.get_cpu_capability() != "AVX512" else 32 if AMX else 80
+    def pack(self, weight: Tensor, scale: Tensor, zero: Tensor, exact: bool) -> None:
         self.group = 2 * weight.shape[1] // scale.shape[1]
-        for part in zip(*(x.chunk(self.parts, dim=1) for x in (weight, scale, zero)), strict=True):
-            codes, scale, zero = (F.pad(x, (0, 0, 0, -len(x) % 64)) for x in part)
-            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1).int()
-            grid = torch.stack((scale, scale.float() * (8 - zero.float())), dim=-1).to(scale.dtype)
+        self.expands_from = math.inf  # so many rows
+        if not exact and torch.backends.cpu.get_cpu_capability() == "AVX512":
+            self.expands_from = 32 if AMX else 80
+        self.leaf_weights = []
+        chunks = (x.chunk(self.leaves, dim=1) for x in (weight, scale, zero))
+        for i, leaf in enumerate(zip(*chunks, strict=True)):
+            rows = (0, 0, 0, -len(weight) % 64)
+            pairs, scale, zero = (F.pad(x, rows) for x in leaf)
+            codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1).int()
             codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-            self.leaves.append((codes, grid.transpose(0, 1).contiguous()))
+            middle = (scale.float() * (8 - zero.float())).to(scale.dtype)  # the value of code 8
+            grid = torch.stack((scale, middle), dim=-1).transpose(0, 1)
+            self.leaf_weights.append((codes, grid.contiguous()))
+            self.register_buffer(f"codes_{i}", codes)  # where tools look for them
+            self.register_buffer(f"grid_{i}", self.leaf_weights[i][1])
 
-    def products(self, x: Tensor, op=torch.ops.aten._weight_int4pack_mm_for_cpu.default) -> Tensor:
-        x_MK, N = x.reshape(-1, x.shape[-1]), self.out_features
-        if len(x_MK) >= self.many:
-            y = [x_MK @ self.expanded(x.dtype)]
+    def products(self, x: Tensor) -> Tensor:
+        x_MK, N = x.reshape(-1, x.shape[-1]), self.shape[-1]
+        if len(x_MK) >= self.expands_from:
+            leaves = [x_MK @ self.expanded(x.dtype)]
         else:
-            pairs = zip(x_MK.chunk(self.parts, dim=1) if self.parts > 1 else [x_MK], self.leaves, strict=True)
-            y = [op(part.contiguous(), codes, self.group, grid.to(x.dtype)) for part, (codes, grid) in pairs]
-        y = [leaf[:, :N].view(*x.shape[:-1], N) for leaf in y]
-        return y if self.parts > 1 else y[0] if self.bias is None else (y[0] + self.bias).to(x.dtype)
+            parts = x_MK.chunk(self.leaves, dim=1)
+            leaves = [self.leaf_product(part, i) for i, part in enumerate(parts)]
+        y = torch.stack(leaves, dim=1) if self.leaves > 1 else leaves[0]
+        y = y[..., :N].reshape(*x.shape[:-1], *self.shape)
+        if self.leaves > 1:
+            return y
+        return y if self.bias is None else (y + self.bias).to(x.dtype)
+
+    def leaf_product(self, x_MK: Tensor, i: int) -> Tensor:
+        codes, grid = self.leaf_weights[i]
+        op = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+        return op(x_MK.contiguous(), codes, self.group, grid.to(x_MK.dtype))
 
     def expanded(self, dtype: torch.dtype) -> Tensor:
-        """The weight [K, N] out of the kernel's layout with AVX-512, where a byte holds rows i and i + 32 of 64."""
-        codes, grid = self.leaves[0]
-        bytes_KN = codes.view(-1, len(grid) * self.group, 32).transpose(0, 1)
-        codes = torch.cat((bytes_KN & 15, bytes_KN >> 4), dim=-1).view(-1, self.group, grid.shape[1])
-        scale, low = (x.to(dtype).contiguous().unsqueeze(1) for x in grid.unbind(-1))
-        return torch.addcmul(low - 8 * scale, codes.to(dtype), scale).flatten(0, 1)
+        """The weight [K, N] out of the kernel's layout with AVX-512, in which a byte holds the rows
+        i and i + 32 of 64."""
+        grid = self.grid_0.to(dtype)
+        bytes_KN = self.codes_0.view(-1, len(grid) * self.group, 32).transpose(0, 1)
+        codes = torch.cat((bytes_KN & 15, bytes_KN >> 4), dim=-1)
+        codes = codes.view(-1, self.group, grid.shape[1]).to(dtype)
+        scale, middle = (x.contiguous().unsqueeze(1) for x in grid.unbind(-1))
+        return torch.addcmul(middle - 8 * scale, codes, scale).flatten(0, 1)
 
 
 LINEARS = {"int8": Int8Linear, "int4": Int4Linear}
 
 
-def parts(mode: str | None, weight: Tensor, group_size: int) -> dict[str, Tensor]:
-    """A float weight as a checkpoint of that mode has it, by kind."""
+def quantized(mode: str | None, weight: Tensor, group_size: int) -> dict[str, Tensor]:
+    """The tensors of a float weight [N, K] in a checkpoint of that mode, by kind."""
     return LINEARS[mode].from_float(weight, group_size) if mode else {"weight": weight}
 
 
-def pack(ops: Ops, weight: Tensor, bias: Tensor | None = None, leaves: int = 1, **grid: Tensor) -> Packed:
-    """What `parts` makes, in the layout of the kernel that an op table has for it."""
-    kind = TritonPacked if weight.is_cuda else Int4Linear if "zero" in grid else Int8Linear
-    return kind(weight, bias, leaves if ops.exact else 0, *grid.values()) if grid else ops.pack(weight, bias, leaves)
-
-
-def main() -> None:
-    args = generate.parse_args(mode="", out="")
-    args.mode in LINEARS or generate.refuse("expected --mode int8 or --mode int4")
-    download.write_quantized(args.checkpoint_path or download.DEFAULT, args.out, args.mode, args.group_size)
+def pack(mode: str | None, ops: Fast, tensors: dict, bias=None, leaves=1, partial=False) -> Packed:
+    """What `quantized` makes, in the layout of the kernel that an op table has for it."""
+    if mode is None:
+        return ops.pack(tensors["weight"], bias, leaves, partial)
+    if tensors["weight"].is_cuda:  # where leaves are programs of their own: quicker in any case
+        return TritonPacked(bias=bias, leaves=leaves, partial=partial, **tensors)
+    leaves = leaves if ops.exact else 1
+    return LINEARS[mode](bias=bias, leaves=leaves, partial=partial, exact=ops.exact, **tensors)
 
 
 if __name__ == "__main__":
-    import generate
+    from scripts import quantized
 
-    generate.command(main)
+    quantized.main()
