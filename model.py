@@ -1,175 +1,144 @@
-"""config.json -> Transformer, its KV cache, and the loader that streams safetensors into it. Shapes in names: B rows,
-T new tokens, D dim, H heads, V vocabulary, N x K a weight."""
+"""A decoder of the Llama family: its configuration, layers, KV cache and the loader of weights.
+Letters in names are dimensions: B rows of a batch, T new tokens, D head_dim, H query heads, G KV
+heads, V vocabulary, N x K a weight."""
 
-import contextlib
-import functools
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import quantize
 import tp
-from kernels import Ops, Packed, causal, leaf_count, opaque_linear, sliding_window
+from kernels import Fast, InputError, causal, leaf_count, sliding_window
 
-KVCache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, n_kv_heads, length, head_dim]
-called = lambda name: field(metadata={"name": name})  # by config.json, where that has another name for it
+KVCache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, G, length, head_dim]
 
-
-class InputError(ValueError):
-    """The user gave something that cannot work; the message is the one line they read."""
-
-
-def refuse(message: str):
-    raise InputError(message)
-
-
-@contextlib.contextmanager
-def refusing(message: str, *errors: type[Exception]):
-    """Within, such errors are what the user gave: they become an InputError of the message and the cause."""
-    try:
-        yield
-    except errors as e:
-        cause = f"{e.args[0]} is missing" if isinstance(e, KeyError) else getattr(e, "strerror", None) or e
-        raise InputError(f"{message}: {cause}") from e
-
-
-def read_json(path: Path, default: dict | None = None) -> dict:
-    """The JSON object in a file, or `default` where there is no file; raises InputError."""
-    with refusing(f"{path}: expected a JSON file", OSError, ValueError):
-        raw = json.loads(path.read_text(encoding="utf-8")) if default is None or path.exists() else default
-    return raw if isinstance(raw, dict) else refuse(f"{path}: expected a JSON object")
-
-
-# What sets a family apart, the settings of each kind of rope scaling, and more, all in the words of config.json.
-KNOWN = read_json(Path(__file__).parent / "scripts/configs/models.json")
-FAMILIES, ROPE_TYPES, MODES = KNOWN["families"], KNOWN["rope_types"], [None, *quantize.LINEARS]
-SUPPORTED = {"architectures": FAMILIES, "rope_type": ROPE_TYPES, "quantization mode": MODES} | KNOWN["supported"]
+ROPE_SETTINGS = {  # by rope_type, those that change the frequencies
+    "default": [],
+    "linear": ["factor"],
+    "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
+}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    vocab_size: int
-    dim: int = called("hidden_size")
-    n_layers: int = called("num_hidden_layers")
-    n_heads: int = called("num_attention_heads")
-    n_kv_heads: int = called("num_key_value_heads")
-    head_dim: int
-    ffn_dim: int = called("intermediate_size")
-    n_experts: int = called("num_experts")  # 1: a dense model
-    experts_per_token: int = called("num_experts_per_tok")
-    norm_topk_prob: bool  # whether the weights of a token's experts add up to 1
-    ffn_names: list[str]  # of the checkpoint: the block, gate, up and down
-    context: int = called("max_position_embeddings")
-    tied: bool = called("tie_word_embeddings")
-    qkv_bias: bool
-    o_bias: bool = called("attention_bias")
-    ffn_bias: bool = called("mlp_bias")
-    qk_norm: bool
-    norm_eps: float = called("rms_norm_eps")
-    windows: tuple[int | None, ...]  # each layer's sliding window, None where attention is full
-    rope: dict  # rope_theta, rope_type and what ROPE_TYPES names for it
-    mode: str | None = called("quantization mode")  # of linear layers, in the checkpoint if `stored`, or loading
-    group_size: int  # weights of int4 that share a scale
-    stored: bool = called("quantization mode")
+    """The shape of a model, by the names of config.json where that has one."""
 
-    @classmethod
-    def from_file(cls, path: Path, mode: str | None = None, group_size: int = 32) -> "ModelConfig":
-        """Read a Hugging Face config.json, of a model that is quantized while loading if a `mode` is given; raises
-        InputError naming what is missing, wrong or not supported."""
-        given = {name: value for name, value in read_json(path).items() if value is not None}
-        raw = KNOWN["defaults"] | {"num_experts": given.get("num_local_experts", 1)} | given
-        fits = lambda value: type(value) is int and value > 0
-        size = lambda name: raw[name] if fits(raw[name]) else refuse(f"{name} is {raw[name]}, expected an integer > 0")
-        with refusing(str(path), LookupError, TypeError, AttributeError, ArithmeticError, ValueError):
-            rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta")} | raw.get("rope_scaling", {})
-            rope = {"rope_type": rope.get("type", "default")} | rope
-            raw |= rope | {"rope": rope, "architectures": (raw["architectures"] or [None])[0]}
-            how = {"group_size": 32} | raw.get("quantization_config", {})
-            raw |= {"quantization mode": how.get("mode", how.get("quant_method")), "group_size": how["group_size"]}
-            for name, choices in SUPPORTED.items():
-                if raw[name] not in choices:
-                    refuse(f"{name} {raw[name]} is not supported, choose from {', '.join(map(str, choices))}")
-            raw |= {"qkv_bias": raw.get("attention_bias")} | FAMILIES[raw["architectures"]]
-            raw |= {"intermediate_size": raw.get("moe_intermediate_size", raw["intermediate_size"])}
-            n_heads, n_layers = size("num_attention_heads"), size("num_hidden_layers")
-            raw = {"num_key_value_heads": n_heads, "head_dim": size("hidden_size") // n_heads} | raw
-            # Without layer_types, a Qwen config names the first layer that slides; in a Mistral every layer does.
-            slides = [kind == "sliding_attention" for kind in raw.get("layer_types", ())]
-            slides = slides or [i >= raw.get("max_window_layers", 0) for i in range(n_layers)]
-            windowed = raw.get("use_sliding_window") and "sliding_window" in raw
-            raw["windows"] = tuple(size("sliding_window") if windowed and slide else None for slide in slides)
-            read = {int: size, float: lambda name: float(raw[name]), bool: lambda name: bool(raw.get(name))}
-            config = cls(*(read.get(f.type, raw.get)(f.metadata.get("name", f.name)) for f in fields(cls)))
-            rope_table(config, 1)  # raises for settings that are missing or wrong
-            if n_heads % config.n_kv_heads or config.head_dim % 2 or len(slides) != n_layers:
-                refuse("expected KV heads that divide the heads, an even head_dim and a layer_type for each layer")
-            if config.experts_per_token > config.n_experts:
-                refuse(f"{config.experts_per_token} experts a token, expected at most the {config.n_experts} there are")
-            mode and config.mode and refuse(f"the checkpoint is {config.mode} already")
-            return replace(config, mode=mode, group_size=group_size) if mode else config
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_parameters: dict  # rope_theta, rope_type and what ROPE_SETTINGS names for it
+    windows: list[int | None]  # each layer's sliding window, None where attention is full
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    attention_bias: bool = False  # of the output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    quantization: str | None = None  # of linear layers: None, "int8" or "int4"
+    group_size: int = 32  # weights of int4 that share a scale
+    stored: bool = False  # whether the checkpoint is quantized, or will be while loading
+    settings: dict = field(default_factory=dict)  # all of config.json, for families that need more
+
+    def __post_init__(self):
+        rope_table(self, 1)  # raises for settings that are missing or wrong
 
 
 def rope_table(config: ModelConfig, length: int) -> Tensor:
-    """cos and sin by position and frequency, fp32 [length, 2, head_dim / 2] (RoFormer, eq. 34); "linear" divides
-    the frequencies, "llama3" (Llama 3.1) divides the long wavelengths, keeps the short and blends those between."""
-    settings = [float(config.rope[name]) for name in ROPE_TYPES[config.rope["rope_type"]]]
-    factor, low, high, original_context = settings + [1.0, 0.0, 1.0, 0.0][len(settings) :]  # which change nothing
-    freq = 1.0 / float(config.rope["rope_theta"] or 10000.0) ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
-    keep = ((original_context * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    """cos and sin by position and frequency, fp32 [length, 2, head_dim / 2] (RoFormer, eq. 34).
+    "linear" divides the frequencies; "llama3" (Llama 3.1) divides the long wavelengths, keeps the
+    short and blends those between."""
+    rope = config.rope_parameters
+    if rope["rope_type"] not in ROPE_SETTINGS:
+        choices = ", ".join(ROPE_SETTINGS)
+        raise InputError(f"rope_type {rope['rope_type']} is not supported, choose from {choices}")
+    settings = [float(rope[name]) for name in ROPE_SETTINGS[rope["rope_type"]]]
+    neutral = [1.0, 0.0, 1.0, 0.0]
+    factor, low, high, original_context = settings + neutral[len(settings) :]
+    exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
+    freq = 1.0 / float(rope["rope_theta"] or 10000.0) ** exponents
+    turns = original_context * freq / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
     freq = keep * freq + (1 - keep) * freq / factor
     angle = torch.arange(length).float()[:, None] * freq
     return torch.stack((angle.cos(), angle.sin()), dim=1)
 
 
+def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair (i, i + D / 2) is rotated by its angle, in fp32, and rounded once."""
+    a, b = x_BTHD.float().chunk(2, dim=-1)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return turned.to(x_BTHD.dtype)
+
+
 class Layer(nn.Module):
-    """A part of a model. Where `shapes` names checkpoint tensors, its `load` is given them all, in that order; it
-    returns the bytes that every step then reads. `mode` is of quantization."""
+    """A part of a model. Where `shapes` names checkpoint tensors, its `load` is given them all, in
+    that order, and returns the bytes that every step then reads."""
+
+    mode = None  # of quantization
 
     def __init__(self, model: "Transformer", shapes: dict[str, tuple[int, ...]] | None = None):
         super().__init__()
-        self.ops, self.config, self.device, self.dtype = model.ops, model.config, model.device, model.dtype
-        self.ranks, self.heads = model.ranks, model.heads.shape
-        self.shapes, self.mode = shapes or {}, None
-        model.takers += [self] if shapes else []
+        self.ops, self.config = model.ops, model.config
+        self.device, self.dtype = model.device, model.dtype
+        self.ranks = model.ranks
+        self.shapes = shapes or {}
+        if shapes:
+            model.loaders.append(self)
 
 
 class Linear(Layer):
-    """y = x W^T + b of the checkpoint layers of one input, stacked. Ranks share the outputs, in whole units, or where
-    `axis` is 1 the inputs: there, sums are made of leaves. A `router` is whole at every rank, and never quantized."""
+    """y = x W^T + b of the checkpoint layers of one input, stacked: `outputs` by name. Ranks share
+    the outputs, in whole units, or where `axis` is 1 the inputs: there, sums are made of leaves. It
+    is quantized as `config` says, by default the model's."""
 
-    def __init__(self, model, parts: dict[str, int], in_features: int, bias: bool, axis=0, unit=1, router=False):
-        config = model.config
-        # In a head, int4 would be no faster on a CPU.
-        mode = None if router else config.mode and "int8" if "lm_head" in parts else config.mode
-        if mode == "int4" and in_features % config.group_size:
-            refuse(f"group_size {config.group_size} does not divide {in_features} inputs, choose from 32, 64, 128")
-        kinds = quantize.parts(mode if config.stored else None, torch.zeros(1, in_features), config.group_size)
-        kinds |= {"bias": torch.zeros(1)} if bias else {}  # as of one row
-        shapes = {f"{x}.{kind}": (N, *kinds[kind].shape[1:]) for x, N in parts.items() for kind in kinds}
+    def __init__(self, model, outputs, in_features, bias=False, axis=0, unit=1, config=None):
+        config = config or model.config
+        if config.quantization == "int4" and in_features % config.group_size:
+            group = f"group_size {config.group_size} does not divide {in_features} inputs"
+            raise InputError(f"{group}, choose from 32, 64, 128")
+        stored = config.quantization if config.stored else None
+        kinds = quantize.quantized(stored, torch.zeros(1, in_features), config.group_size)
+        if bias:
+            kinds["bias"] = torch.zeros(1)  # as of one row, like the others
+        pairs = [(name, kind) for name in outputs for kind in kinds]
+        shapes = {f"{x}.{kind}": (outputs[x], *kinds[kind].shape[1:]) for x, kind in pairs}
         super().__init__(model, shapes)
-        self.mode, self.kinds, multiple = mode, list(kinds), config.group_size if mode == "int4" else 32
-        self.leaves = leaf_count(config.n_kv_heads, in_features, multiple) if axis else 1
-        self.axis, self.unit, self.split = axis, unit, axis == 1 and self.ranks > 1
-        self.dtype = torch.float32 if router else self.dtype
+        self.mode, self.group_size = config.quantization, config.group_size
+        self.kinds = list(kinds)
+        self.axis, self.unit = axis, unit
+        self.leaves = 1
+        self.split = axis == 1 and self.ranks > 1
+        if axis == 1:
+            multiple = config.group_size if self.mode == "int4" else 32
+            leaves = leaf_count(config.num_key_value_heads, in_features, multiple)
+            self.leaves = 1 if leaves % self.ranks else leaves // self.ranks
 
     def load(self, tensors: list[Tensor]) -> int:
-        # Each checkpoint layer has the same kinds in turn; to stack them makes a copy, outside the file.
-        tensors = tensors if self.axis else [tp.part(t, 0, self.ranks, self.unit) for t in tensors]
-        parts = {kind: torch.cat(tensors[i :: len(self.kinds)]).to(self.device) for i, kind in enumerate(self.kinds)}
-        if "scale" not in parts:
-            parts = {kind: tensor.to(self.dtype) for kind, tensor in parts.items()}
-            parts |= quantize.parts(self.mode, parts["weight"], self.config.group_size)
-        self.bias = parts.pop("bias", None) if self.split else None
-        ranks = self.ranks if self.split else 1  # cut only now, as a scale may be of a whole row
-        parts = {kind: tp.part(tensor, 1, ranks).contiguous() for kind, tensor in parts.items()}
-        self.packed = quantize.pack(self.ops, **parts, leaves=self.leaves // ranks)
-        self.packed.partial = self.split
+        # Each checkpoint layer has the same kinds in turn; stacked, they leave the mapped file.
+        if self.axis == 0:
+            tensors = [tp.part(t, 0, self.ranks, self.unit) for t in tensors]
+        stacked = {}
+        for i, kind in enumerate(self.kinds):
+            stacked[kind] = torch.cat(tensors[i :: len(self.kinds)]).to(self.device)
+        if "scale" not in stacked:
+            stacked = {kind: tensor.to(self.dtype) for kind, tensor in stacked.items()}
+            stacked |= quantize.quantized(self.mode, stacked["weight"], self.group_size)
+        bias = stacked.pop("bias", None)
+        self.register_buffer("bias", bias if self.split else None)
+        if self.split:  # cut only now, as a scale may be of a whole row
+            bias = None
+            stacked = {k: tp.part(t, 1, self.ranks).contiguous() for k, t in stacked.items()}
+        how = (bias, self.leaves, self.split)
+        self.packed = quantize.pack(self.mode, self.ops, stacked, *how)
         return self.packed.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,171 +149,180 @@ class Linear(Layer):
 class RMSNorm(Layer):
     """Root mean square norm over the last dimension (Zhang and Sennrich 2019)."""
 
+    def __init__(self, model: "Transformer", name: str, size: int):
+        super().__init__(model, {f"{name}.weight": (size,)})
+
     def load(self, tensors: list[Tensor]) -> int:
-        self.weight = tensors[0].to(self.device, self.dtype, copy=True).float()
+        self.register_buffer("weight", tensors[0].to(self.device, self.dtype, copy=True).float())
         return self.weight.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x.float(), self.weight, self.config.norm_eps).to(self.dtype)
+        y = self.ops.rms_norm(x.float(), self.weight, self.config.rms_norm_eps)
+        return y.to(self.dtype)
 
 
 class Embedding(Layer):
-    """The token embedding, and with it the head of a model that ties the two. On a CPU its rows are read where they
-    lie in the mapped file, one a token, so the only copy of a tied table in memory is the one packed for the head."""
+    """The token embedding. On a CPU its rows are read where they lie in the mapped file, one a
+    token: so the only copy in memory of a table that is the head as well is the head's."""
 
     def load(self, tensors: list[Tensor]) -> int:
-        self.weight = tensors[0] if self.device.type == "cpu" else tensors[0].to(self.device, self.dtype)
-        rows, mode = tp.part(self.weight, 0, self.ranks), self.config.mode and "int8"
-        self.packed = self.config.tied and quantize.pack(self.ops, **quantize.parts(mode, rows.to(self.dtype), 0))
-        return self.packed.nbytes if self.packed else 0
+        on_cpu = self.device.type == "cpu"
+        weight = tensors[0] if on_cpu else tensors[0].to(self.device, self.dtype)
+        self.register_buffer("weight", weight)
+        return 0
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         return nn.functional.embedding(tokens_BT, self.weight).to(self.dtype)
 
 
-class Attention(Layer):
-    """Grouped-query attention with rotary positions, over a KV cache, of norm(x) and added to x."""
-
-    def __init__(self, model: "Transformer", prefix: str):
-        super().__init__(model)
-        config, D, attn = model.config, model.config.head_dim, f"{prefix}.self_attn"
-        self.norm = RMSNorm(model, {f"{prefix}.input_layernorm.weight": (config.dim,)})
-        parts = {f"{attn}.q_proj": config.n_heads * D} | {f"{attn}.{x}_proj": config.n_kv_heads * D for x in "kv"}
-        self.qkv = Linear(model, parts, config.dim, config.qkv_bias, unit=D)
-        self.o = Linear(model, {f"{attn}.o_proj": config.dim}, config.n_heads * D, config.o_bias, axis=1)
-        self.qk_norms = nn.ModuleList(RMSNorm(model, {f"{attn}.{x}_norm.weight": (D,)}) for x in "qk" if config.qk_norm)
-
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, pos_BT: Tensor, mask, *kv_cache: Tensor) -> Tensor:
-        D, G, H = self.config.head_dim, self.heads[0], self.heads.numel()
-        qk, v = self.qkv(self.norm(x_BTD)).unflatten(-1, (-1, D)).split((H + G, G), dim=2)
-        if self.qk_norms:
-            qk = torch.cat([norm(x) for norm, x in zip(self.qk_norms, qk.split((H, G), dim=2), strict=True)], dim=2)
-        # Rotary positions: each pair (i, i + D / 2) of q and k is rotated by its angle, in fp32, rounded once.
-        a, b = qk.float().chunk(2, dim=-1)
-        q, k = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(qk.dtype).split((H, G), dim=2)
-        return x_BTD + self.o(self.ops.attention(q, k, v, *kv_cache, pos_BT, mask, D**-0.5))
-
-
 class FeedForward(Layer):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
-    def __init__(self, model: "Transformer", prefix: str):
+    def __init__(self, model: "Transformer", gate: str, up: str, down: str, inner: int, bias: bool):
         super().__init__(model)
-        config, bias = model.config, model.config.ffn_bias and model.config.n_experts == 1  # experts have none
-        gate, up, down = (f"{prefix}.{name}" for name in config.ffn_names[1:])
-        self.gate_up = Linear(model, {gate: config.ffn_dim, up: config.ffn_dim}, config.dim, bias)
-        self.down = Linear(model, {down: config.dim}, config.ffn_dim, bias, axis=1)
+        hidden = model.config.hidden_size
+        self.gate_up = Linear(model, {gate: inner, up: inner}, hidden, bias)
+        self.down = Linear(model, {down: hidden}, inner, bias, axis=1)
+
+    def inner(self, x: Tensor) -> Tensor:
+        return self.ops.silu_mul(self.gate_up(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.ops.silu_mul(self.gate_up(x)))
+        return self.down(self.inner(x))
 
 
-class Mixture(Layer):
-    """Of feed-forward experts (Shazeer et al. 2017): the sum of those k that a router finds likeliest for a token, of a
-    tie the first, times their probabilities. A graph sees one opaque op."""
+class Block(Layer):
+    """One layer: grouped-query attention with rotary positions over a KV cache, and a feed-forward
+    network, each of a norm of x, and added to x."""
 
-    def __init__(self, model: "Transformer", prefix: str):
+    capturable = True  # whether a CUDA graph can hold it: nothing in it waits for the device
+
+    def __init__(self, model: "Transformer", index: int):
         super().__init__(model)
-        n, self.handle = model.config.n_experts, next(Packed.handles)
-        self.router = Linear(model, {f"{prefix}.gate": n}, model.config.dim, False, unit=n, router=True)
-        self.experts = nn.ModuleList(FeedForward(model, f"{prefix}.experts.{i}") for i in range(n))
-        Packed.table[self.handle] = self
+        self.index = index
+        config, prefix = model.config, f"model.layers.{index}"
+        attn = f"{prefix}.self_attn"
+        D, hidden = config.head_dim, config.hidden_size
+        q, kv = config.num_attention_heads * D, config.num_key_value_heads * D
+        self.attention_norm = RMSNorm(model, f"{prefix}.input_layernorm", hidden)
+        outputs = {f"{attn}.q_proj": q, f"{attn}.k_proj": kv, f"{attn}.v_proj": kv}
+        self.qkv = Linear(model, outputs, hidden, config.qkv_bias, unit=D)
+        self.o = Linear(model, {f"{attn}.o_proj": hidden}, q, config.attention_bias, axis=1)
+        self.q_norm = RMSNorm(model, f"{attn}.q_norm", D) if config.qk_norm else None
+        self.k_norm = RMSNorm(model, f"{attn}.k_norm", D) if config.qk_norm else None
+        self.ffn_norm = RMSNorm(model, f"{prefix}.post_attention_layernorm", hidden)
+        self.ffn = self.make_ffn(model, prefix)
+        self.G, self.R = model.heads.shape
 
-    def forward(self, x: Tensor) -> Tensor:
-        return opaque_linear(x, self.handle, (self.config.dim,), torch.float32)
+    def make_ffn(self, model: "Transformer", prefix: str) -> Layer:
+        names = (f"{prefix}.mlp.{name}_proj" for name in ("gate", "up", "down"))
+        return FeedForward(model, *names, model.config.intermediate_size, model.config.mlp_bias)
 
-    def products(self, x_BTD: Tensor) -> Tensor:
-        """Only experts that are chosen are read, each once for all its tokens. K experts a token."""
-        add_up = lambda y_BTK: functools.reduce(torch.add, y_BTK.unbind(2))
-        likeliest = self.router(x_BTD.float()).softmax(-1).sort(dim=-1, descending=True, stable=True)
-        probs_BTK, chosen_BTK = (z[..., : self.config.experts_per_token] for z in likeliest)
-        probs_BTK = probs_BTK / add_up(probs_BTK)[..., None] if self.config.norm_topk_prob else probs_BTK
-        y_BTKD = x_BTD.new_empty(*chosen_BTK.shape, self.config.dim, dtype=torch.float32)
-        for i in chosen_BTK.unique().tolist():
-            at, expert = (chosen_BTK == i).nonzero(as_tuple=True), self.experts[i]
-            y_BTKD[at] = self.ops.linear(self.ops.silu_mul(expert.gate_up(x_BTD[at[:2]])), expert.down.packed).float()
-        weigh = lambda y_BTKD: add_up(y_BTKD * probs_BTK[..., None])
-        over_ranks = lambda y: tp.add_up(y, None, self.ops.exact) if self.ranks > 1 else y
-        return weigh(over_ranks(y_BTKD)) if self.ops.exact else over_ranks(weigh(y_BTKD))  # which sends less
+    def forward(self, x, cos, sin, pos_BT, mask, k_cache, v_cache) -> Tensor:
+        """fp32 [B, T, hidden_size]."""
+        D, G = self.config.head_dim, self.G
+        H = G * self.R
+        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, D))
+        qk, v = heads.split((H + G, G), dim=2)
+        if self.q_norm:
+            q, k = qk.split((H, G), dim=2)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+        q, k = rotate(qk, cos, sin).split((H, G), dim=2)
+        y = self.ops.attention(q, k, v, k_cache, v_cache, pos_BT, mask, D**-0.5)
+        x = x + self.o(y)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+FAMILIES = {  # by architecture: the layer, and what config.json means, whatever it says
+    "LlamaForCausalLM": (Block, {"use_sliding_window": False}),
+    "MistralForCausalLM": (Block, {"use_sliding_window": True}),
+    "Qwen2ForCausalLM": (Block, {"qkv_bias": True}),
+    "Qwen3ForCausalLM": (Block, {"qk_norm": True}),
+}
 
 
 class Transformer(nn.Module):
-    """A decoder of the Llama family, empty until `load_checkpoint` fills it; one of the `ranks` that share it."""
+    """A decoder, empty until `load_weights` fills it; one of the `ranks` that share it."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, device: torch.device, dtype: torch.dtype, ranks: int = 1):
+    def __init__(self, config: ModelConfig, ops: Fast, device: torch.device, dtype, ranks: int = 1):
         super().__init__()
-        if ranks not in (fit := tp.degrees(config, ops.exact)):
-            refuse(f"{ranks} processes cannot share this model, choose from {', '.join(map(str, fit))}")
-        self.ranks, heads = ranks, tp.part(torch.arange(config.n_heads, device=device), 0, ranks)
-        self.heads = heads.view(max(config.n_kv_heads // ranks, 1), -1)  # of queries, this rank's, by KV head
-        self.config, self.ops, self.device, self.dtype = config, ops, device, dtype
-        # Bytes of weights that every step reads; layers that take checkpoint tensors; whether steps are CUDA graphs.
-        self.nbytes, self.takers, self.graphed = 0, [], False
-        self.embed = Embedding(self, {"model.embed_tokens.weight": (config.vocab_size, config.dim)})
-        self.head = None if config.tied else Linear(self, {"lm_head": config.vocab_size}, config.dim, bias=False)
-        prefixes = [f"model.layers.{i}" for i in range(config.n_layers)]
-        norm = lambda prefix: RMSNorm(self, {f"{prefix}.post_attention_layernorm.weight": (config.dim,)})
-        ffn = FeedForward if config.n_experts == 1 else Mixture
-        parts = lambda prefix: (Attention(self, prefix), norm(prefix), ffn(self, f"{prefix}.{config.ffn_names[0]}"))
-        self.layers = nn.ModuleList(nn.ModuleList(parts(prefix)) for prefix in prefixes)
-        self.norm = RMSNorm(self, {"model.norm.weight": (config.dim,)})
-        self.rope = rope_table(config, config.context + 64).to(device)  # drafts may reach beyond the end
-        self.mask_mods = {w: causal if w is None else sliding_window(w) for w in set(config.windows)}
-        self.decode_stack = self.verify_stack = self.prefill_stack = self.stack  # what compiling replaces
+        if ranks not in (valid := tp.degrees(config, ops.exact)):
+            choices = ", ".join(map(str, valid))
+            raise InputError(f"{ranks} processes cannot share this model, choose from {choices}")
+        self.config, self.ops = config, ops
+        self.device, self.dtype = device, dtype
+        self.ranks = ranks
+        heads = tp.part(torch.arange(config.num_attention_heads, device=device), 0, ranks)
+        G = max(config.num_key_value_heads // ranks, 1)
+        self.heads = heads.view(G, -1)  # the numbers of this rank's query heads, by KV head [G, R]
+        self.loaders: list[Layer] = []  # those that take checkpoint tensors
+        self.nbytes = 0  # of weights that every step reads
+        embedding, table = "model.embed_tokens", (config.vocab_size, config.hidden_size)
+        self.embed = Embedding(self, {f"{embedding}.weight": table})
+        self.head = self.make_head(embedding if config.tie_word_embeddings else "lm_head")
+        block, _ = FAMILIES[config.architecture]
+        self.layers = nn.ModuleList(block(self, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(self, "model.norm", config.hidden_size)
+        # Drafts may reach beyond the end of the context.
+        self.rope = rope_table(config, config.max_position_embeddings + 64).to(device)
+        self.mask_mods = {w: sliding_window(w) if w else causal for w in set(config.windows)}
+        self.decode_stack = self.verify_stack = self.prefill_stack = self.stack  # to be compiled
+        self.graphed = False  # whether steps are CUDA graphs
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the checkpoint tensors that it takes, by name."""
+        return {name: shape for layer in self.loaders for name, shape in layer.shapes.items()}
+
+    def make_head(self, name: str) -> Linear:
+        """In 8 bits where others have 4, no faster on a CPU; a tied one only while loading."""
+        mode, stored = self.config.quantization and "int8", self.config.stored and name == "lm_head"
+        config = replace(self.config, quantization=mode, stored=stored)
+        return Linear(self, {name: config.vocab_size}, config.hidden_size, config=config)
 
     def new_cache(self, batch_size: int, length: int) -> KVCache:
-        """Zeroed, as 0 x NaN would poison a row; with a spare block, as graphs of a part do not fit the whole."""
+        """Zeroed, as 0 x NaN would poison a row; with a spare block, as a graph of a part needs."""
         block = 512 if self.ops.exact else 64  # of keys, which kernels take as a whole
-        shape = (batch_size, len(self.heads), -(-length // block) * block + 64, self.config.head_dim)
-        with refusing(f"a cache of {batch_size} x {length} tokens does not fit the memory", RuntimeError):
-            return [tuple(torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in "kv") for _ in self.layers]
+        whole = -(-length // block) * block + 64
+        shape = (batch_size, len(self.heads), whole, self.config.head_dim)
+        options = {"device": self.device, "dtype": self.dtype}
+        try:  # keys and values apart: of views of one tensor, compiled code loses what is written
+            new = [torch.zeros(shape, **options) for _ in range(2 * len(self.layers))]
+            return list(zip(new[::2], new[1::2], strict=True))
+        except RuntimeError as e:
+            size = f"{batch_size} x {length} tokens"
+            raise InputError(f"a cache of {size} does not fit the memory: {e}") from e
 
-    def forward(self, tokens_BT: Tensor, pos_BT: Tensor, cache: KVCache, end: int, last=False, decode=False) -> Tensor:
-        """fp32 logits [B, T, V] (T = 1 with `last`) of tokens at absolute positions `pos_BT`; `end` is one past the
-        highest. Their keys and values are written to the cache, which must hold every earlier position."""
-        # A CPU is faster at whole blocks of keys. A CUDA graph needs one shape: every step looks over the whole cache.
+    def forward(self, tokens_BT, pos_BT, cache: KVCache, end: int, last=False, decode=False):
+        """fp32 logits [B, T, V] (T = 1 with `last`) of tokens at absolute positions `pos_BT`; `end`
+        is one past the highest. Their keys and values are written to the cache, which must hold
+        every earlier position."""
+        # A CPU is quicker in whole blocks. A CUDA graph needs one shape: it looks over all the
+        # cache.
         span = -(-end // 64) * 64 if self.device.type == "cpu" else cache[0][0].shape[2]
-        masks = {w: self.ops.mask(mod, pos_BT, span, self.heads, self.dtype) for w, mod in self.mask_mods.items()}
-        one, several = (self.decode_stack, self.verify_stack) if decode else (self.stack, self.prefill_stack)
-        return (one if tokens_BT.shape[1] == 1 else several)(tokens_BT, pos_BT, masks, cache, last)
+        masks = {}
+        for window, mask_mod in self.mask_mods.items():
+            masks[window] = self.ops.mask(mask_mod, pos_BT, span, self.heads, self.dtype)
+        stacks = (
+            (self.decode_stack, self.verify_stack) if decode else (self.stack, self.prefill_stack)
+        )
+        stack = stacks[tokens_BT.shape[1] > 1]
+        return stack(tokens_BT, pos_BT, masks, cache, last)
 
-    # CPython keeps frames in blocks of 16 KB. Where one ends amid the calls of a step, each maps and unmaps memory: up
-    # to twice the time, by how deep the caller is. A frame this large begins a block that has room for them all.
-    forward.__code__ = forward.__code__.replace(co_stacksize=1 << 14)
-
-    def stack(self, tokens_BT: Tensor, pos_BT: Tensor, masks: dict, cache: KVCache, last: bool) -> Tensor:
+    def stack(self, tokens_BT, pos_BT, masks: dict, cache: KVCache, last: bool) -> Tensor:
         """Every layer and the head: all that torch.compile gets to see."""
-        # Sums over layers stay in fp32: cheap, and it takes away much of what rounding to half precision costs.
-        x_BTD, (cos, sin) = self.embed(tokens_BT).float(), self.rope[pos_BT].unsqueeze(2).unbind(3)
-        for (attention, norm, ffn), window, kv in zip(self.layers, self.config.windows, cache, strict=True):
-            x_BTD = attention(x_BTD, cos, sin, pos_BT, masks[window], *kv)
-            x_BTD = x_BTD + ffn(norm(x_BTD))
-        x_BTD = self.norm(x_BTD[:, -1:] if last else x_BTD)
-        logits_BTV = self.ops.linear(x_BTD, (self.head or self.embed).packed).float()
-        return tp.all_gather(logits_BTV).movedim(0, -2).flatten(-2) if self.ranks > 1 else logits_BTV
+        x = self.embed(tokens_BT).float()  # sums over layers in fp32: cheap, and much more precise
+        cos, sin = self.rope[pos_BT].unsqueeze(2).unbind(3)
+        for block, window, kv in zip(self.layers, self.config.windows, cache, strict=True):
+            x = block(x, cos, sin, pos_BT, masks[window], *kv)
+        logits_BTV = self.head(self.norm(x[:, -1:] if last else x)).float()
+        if self.ranks > 1:
+            logits_BTV = tp.all_gather(logits_BTV).movedim(0, -2).flatten(-2)
+        return logits_BTV
 
 
-def load_checkpoint(model: Transformer, directory: Path, load: Callable = lambda layer, tensors: layer.load(tensors)):
-    """Stream every tensor of a Hugging Face directory into place. All names and shapes are checked before the first
-    weight is read; raises InputError that names the tensor or file."""
-    index, slices, layers = directory / "model.safetensors.index.json", {}, model.takers
-    with refusing(f"{index}: expected a weight_map of tensor names to files", AttributeError):
-        shards = {directory / str(name) for name in read_json(index, {}).get("weight_map", {}).values()}
-    paths = sorted(shards or directory.glob("model*.safetensors"))
-    for path in paths or refuse(f"{directory}: no model.safetensors and no {index.name}"):
-        with refusing(f"{path}: missing, truncated or corrupt", OSError, SafetensorError):
-            file = safe_open(path, "pt")
-        slices |= {name: file.get_slice(name) for name in file.keys()}
-    shapes = {name: list(shape) for layer in layers for name, shape in layer.shapes.items()}
-    # Some files repeat a tied head, and the first Llama 2 exports store what config.json already says.
-    known = shapes.keys() | {"lm_head.weight"} | {name for name in slices if name.endswith("rotary_emb.inv_freq")}
-    for problem, names in (("missing", shapes.keys() - slices.keys()), ("not expected", slices.keys() - known)):
-        names and refuse(f"{directory}: tensor {min(names)} is {problem} ({len(names)} in all)")
-    for name, shape in shapes.items():
-        stem, dtype, got = name.removesuffix("weight"), slices[name].get_dtype(), slices[name].get_shape()
-        expected = "U8" if f"{stem}zero" in shapes else "I8" if f"{stem}scale" in shapes else "BF16, F16 or F32"
-        if got != shape or dtype not in expected:
-            refuse(f"{directory}: tensor {name} is {dtype} {got}, expected {expected} {shape}")
-    for done, layer in enumerate(layers, start=1):
-        model.nbytes += load(layer, [slices[name][:] for name in layer.shapes])
-        tp.progress(f"loading {done}/{len(layers)}", end="\r\n"[done == len(layers)])
+def load_weights(model: Transformer, slices: dict, progress: Callable) -> None:
+    """Stream the tensors of a checkpoint into place: `slices` has those of safetensors' get_slice
+    by name. `progress` is told how many layers of how many are done."""
+    for done, layer in enumerate(model.loaders, start=1):
+        model.nbytes += layer.load([slices[name][:] for name in layer.shapes])
+        progress(done, len(model.loaders))
