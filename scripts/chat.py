@@ -1,0 +1,55 @@
+"""A conversation in the terminal."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+
+from scripts.checkpoint import is_first_rank, say
+from scripts.requests import RequestMaker, message
+
+
+def read_line() -> str:
+    """What the user types, without the blanks around it; /exit at the end of input."""
+    with contextlib.suppress(EOFError):
+        line = input("> " if sys.stdin.isatty() else "")
+        return line.encode(errors="replace").decode().strip()  # bytes that are no text become ?
+    return "/exit"
+
+
+def converse(
+    engine,
+    system: Sequence[dict],
+    maker: RequestMaker,
+    from_first: Callable,
+    read: Callable[[], str] = read_line,
+) -> None:
+    """Talk until /exit; /clear forgets all but `system`, the messages that it begins with. The
+    first rank alone reads, and `from_first(value)` gives its value to all ranks."""
+    history = list(system)
+    while True:
+        line = from_first(read() if is_first_rank() else None)
+        if line == "/exit":
+            return
+        if line == "/clear":
+            history = list(system)
+        elif line:
+            history = answer(engine, history, line, maker)
+
+
+def answer(engine, history: list[dict], line: str, maker: RequestMaker) -> list[dict]:
+    """Print the answer to a line; returns the history with both. Ctrl-C ends the answer, and what
+    there is of it stays."""
+    turns = [*history, message("user", line)]
+    text = ""
+    with contextlib.suppress(KeyboardInterrupt):
+        ids = maker.tokenizer.encode_chat(turns)
+        if len(ids) > maker.context:  # no reason to lose the conversation
+            limit = f"the context of {maker.context}"
+            say(f"{len(ids)} tokens do not fit {limit}: /clear starts over")
+            return history
+        entry = {"id": "conversation", "prompt": line, "prompt_ids": ids}
+        for _, piece in engine.generate(maker.make(entry)[:1]):
+            text += piece
+            print(piece, end="", flush=True)
+    print(flush=True)
+    return [*turns, message("assistant", text)]

@@ -1,0 +1,193 @@
+"""The command line of generate.py and of the scripts that take its flags: the flags, what they may
+be, and errors as one line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from scripts import download
+from scripts.checkpoint import Refusal, progress
+from scripts.checkpoint import say as say  # others know it as cli.say
+from scripts.requests import Request, message
+
+PRECISIONS = ("bf16", "fp16", "fp32")
+QUANTIZE_MODES = ("int8", "int4")
+GROUP_SIZES = (32, 64, 128)
+
+INFINITY = 2**62  # what fits a tensor of int64, with room to add
+COUNT = (1, INFINITY)
+RANGES = {
+    "max_new_tokens": COUNT,
+    "top_k": COUNT,
+    "num_samples": COUNT,
+    "batch_size": COUNT,
+    "prefill_chunk": (0, INFINITY),
+    "temperature": (0, INFINITY),
+    "top_p": (1e-9, 1),
+    "speculate_k": (1, 64),
+}
+EXCLUDES = {  # a flag, and those that make no sense beside it
+    "score": ["interactive", "prompts_file", "prompt"],
+    "interactive": ["prompts_file", "prompt", "json", "output"],
+    "random_weights": ["checkpoint_path", "chat", "interactive"],
+    "prompts_file": ["prompt"],
+    "prompt_lookup": ["draft_checkpoint_path", "draft_quantize"],
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """Argparse would print how the script is used, in several lines, and exit."""
+        raise Refusal(message)
+
+    def group(self, title: str) -> None:
+        """What follows is listed under a title."""
+        self.add = self.add_argument_group(title).add_argument
+
+    def path(self, flag: str, metavar: str, text: str) -> None:
+        self.add(flag, type=Path, metavar=metavar, help=text)
+
+    def number(self, flag: str, default: int | float, text: str) -> None:
+        text = f"{text} (%(default)s)"
+        self.add(flag, type=type(default), default=default, metavar="N", help=text)
+
+    def switch(self, flag: str, text: str) -> None:
+        self.add(flag, action="store_true", help=text)
+
+
+def parse_args(argv: list[str] | None = None, about: str | None = None, **own):
+    """The flags of generate.py and a script's `own` ones, names and defaults, which say what type
+    they have; `about` is what --help says first. Raises Refusal for values out of range and flags
+    that exclude each other."""
+    parser = Parser(
+        description=about or sys.modules["__main__"].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_model_flags(parser)
+    add_request_flags(parser)
+    add_running_flags(parser)
+    parser.group("of this script")
+    for name, default in own.items():
+        parser.add(f"--{name}", type=type(default), default=default, help="above (%(default)r)")
+    args = parser.parse_args(argv)
+    counts = {name: COUNT for name, default in own.items() if type(default) is int and default}
+    check_ranges(args, RANGES | counts)
+    check_exclusions(args)
+    return args
+
+
+def add_model_flags(parser: Parser) -> None:
+    parser.group("model")
+    parser.path("--checkpoint_path", "DIR", f"Hugging Face directory ({download.DEFAULT.name})")
+    parser.add("--device", help="cpu, cuda or cuda:1 (cuda if there is one)")
+    text = "of weights and cache (%(default)s)"
+    parser.add("--precision", choices=PRECISIONS, default="bf16", help=text)
+    text = "weights of linear layers, while loading"
+    parser.add("--quantize", choices=QUANTIZE_MODES, help=text)
+    text = "of int4 (%(default)s)"
+    parser.add("--group_size", type=int, choices=GROUP_SIZES, default=32, help=text)
+    parser.path("--random_weights", "CONFIG.json", "a model of that shape, for benchmarks")
+
+
+def add_request_flags(parser: Parser) -> None:
+    parser.group("prompts")
+    text = "repeatable; an integer means so many random tokens"
+    parser.add("--prompt", action="append", metavar="TEXT", help=text)
+    text = ".jsonl (prompt, id, seed, max_new_tokens) or text; -: stdin"
+    parser.path("--prompts_file", "FILE", text)
+    parser.switch("--chat", "apply the checkpoint's chat template")
+    text = "prompt of a chat"
+    parser.add("--system", type=system_messages, default=[], metavar="TEXT", help=text)
+    parser.switch("--interactive", "a conversation in the terminal: /clear, /exit")
+    parser.path("--score", "FILE.jsonl", "print such lines again, logprobs recomputed by prefill")
+
+    parser.group("sampling")
+    default = Request(0, "", [])
+    parser.number("--max_new_tokens", default.max_new_tokens, "of each completion")
+    parser.number("--temperature", default.temperature, "0: the likeliest token")
+    parser.number("--top_k", default.top_k, "draw from the N likeliest")
+    parser.number("--top_p", default.top_p, "draw from the likeliest of this sum")
+    parser.number("--seed", default.seed, "of the noise")
+    parser.number("--num_samples", 1, "completions of each prompt")
+    text = "end a completion there; repeatable"
+    parser.add("--stop", action="append", default=[], metavar="TEXT", help=text)
+    parser.switch("--ignore_eos", "go on past the end token")
+
+
+def add_running_flags(parser: Parser) -> None:
+    parser.group("running")
+    parser.number("--batch_size", 1, "slots that prompts stream through")
+    parser.number("--prefill_chunk", 0, "feed prompts in chunks of N; 0: whole")
+    parser.number("--speculate_k", 5, "drafts a round, by one of the next three")
+    parser.path("--draft_checkpoint_path", "DIR", "speculate: a smaller model drafts")
+    text = "speculate: that model, or the model itself, quantized"
+    parser.add("--draft_quantize", choices=QUANTIZE_MODES, help=text)
+    parser.switch("--prompt_lookup", "speculate: draft what followed the same words before")
+    parser.switch("--compile", "torch.compile decoding")
+    parser.switch("--compile_prefill", "torch.compile prefill")
+    parser.add("--profile", metavar="FILE", help="write a trace for chrome://tracing")
+    text = "the same bits at any batch size, chunking or compiler setting"
+    parser.switch("--deterministic", text)
+
+    parser.group("output")
+    parser.switch("--json", "one JSON object a line")
+    parser.path("--output", "FILE", "append those lines to FILE; a rerun skips what is there")
+
+
+def system_messages(text: str) -> list[dict]:
+    return [message("system", text)]
+
+
+def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple]) -> None:
+    for flag, (low, high) in ranges.items():
+        value = getattr(args, flag)
+        if not low <= value <= high:  # nan is not, either
+            raise Refusal(f"--{flag} {value}: expected {low} to {high:g}")
+
+
+def check_exclusions(args: argparse.Namespace) -> None:
+    for flag, others in EXCLUDES.items():
+        for other in others:
+            if getattr(args, flag) and getattr(args, other):
+                raise Refusal(f"--{flag} excludes --{other}")
+    if args.system and not (args.chat or args.interactive):
+        raise Refusal("--system needs --chat or --interactive")
+    if "" in args.stop:
+        raise Refusal("expected some text after --stop")
+
+
+def run(steps: list[Callable], *more_errors: type[Exception]) -> None:
+    """Call the steps and exit with the status that the last one returns. What a user got wrong,
+    which is what `more_errors` mean as well, is one line and status 2, a bug one line and status 1;
+    with GPT_EXACT_DEBUG=1 both are tracebacks."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    try:
+        for step in steps:
+            status = step() or 0
+        print(end="", flush=True)
+    except KeyboardInterrupt:
+        status = 130
+    except Exception as error:
+        if os.environ.get("GPT_EXACT_DEBUG") == "1":
+            raise
+        of_the_user = (Refusal, OSError, UnicodeError, MemoryError, RecursionError, *more_errors)
+        status = 2 if isinstance(error, of_the_user) else 1
+        what = "" if status == 2 else f"this is a bug: {type(error).__name__}: "
+        # Where memory was short, an error may say nothing.
+        say("error:", what + (" ".join(str(error).split()) or "out of memory"))
+        sys.stdout = None  # an orderly end would once more print what could not be printed
+    if several:  # whose threads may abort an orderly end
+        os._exit(status)
+    sys.exit(status)
+
+
+def progress_of(work: str) -> Callable[[int, int], None]:
+    """A function to call with how many of how many are done."""
+
+    def report(done: int, total: int) -> None:
+        progress(f"{work} {done}/{total}", end="\n" if done == total else "\r")
+
+    return report

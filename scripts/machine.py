@@ -1,0 +1,231 @@
+"""The machine: how fast it reads memory, how much of it a run takes, and what makes it read faster.
+Also random weights, for where there is no checkpoint, and the stats of a run."""
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import sys
+import time
+import types
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scripts.checkpoint import Refusal, refusing
+
+M_TRIM_THRESHOLD = -1  # names of glibc's mallopt and of Linux's madvise
+M_MMAP_THRESHOLD = -3
+MADV_COLLAPSE = 25
+HUGE_PAGE = 2 << 20
+
+
+def last_cache() -> int:
+    """Bytes of the largest cache of a CPU, 0 where the system does not say."""
+    path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    size = path.read_text().strip() if path.exists() else "0K"
+    return int(size.removesuffix("K")) << 10
+
+
+def seconds_to_read(data: Tensor) -> float:
+    if data.is_cuda:
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        data.sum()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3  # it counts milliseconds
+
+    began = time.perf_counter()
+    data.sum()
+    return time.perf_counter() - began
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a device reads from its memory: the best of five sums of more than its
+    caches hold."""
+    size = max(256 << 20, 4 * last_cache())
+    if device.type == "cuda":
+        # A card reads 256 MB in the time of a few launches.
+        free, _ = torch.cuda.mem_get_info(device)
+        size = min(4 << 30, free // 2)
+    data = torch.ones(size // 4, device=device)
+    return data.nbytes / min(seconds_to_read(data) for _ in range(5))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes. On a GPU, the most that PyTorch has had at once. On Linux, the anonymous memory now:
+    the peak that the system knows (VmHWM) counts mapped files as well. Elsewhere 0."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else []:
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def tune_memory(device: torch.device, huge_pages: bool) -> None:
+    """After loading: have the allocator keep the memory it has, and move that to huge pages."""
+    if sys.platform != "linux" or device.type != "cpu":
+        return
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return
+
+    # glibc gives freed buffers back to the kernel and takes page faults for the next ones, which is
+    # a third of the time of a prefill.
+    libc.mallopt(M_MMAP_THRESHOLD, 64 << 20)
+    libc.mallopt(M_TRIM_THRESHOLD, 512 << 20)
+    if huge_pages:
+        collapse_pages(libc)
+
+
+def collapse_pages(libc: ctypes.CDLL) -> None:
+    """Move anonymous memory to huge pages. It takes a second or two for each gigabyte, and decoding
+    then reads 6 % more a second."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses = line.split()[0]
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        is_file = "/" in line
+        if end - start >= HUGE_PAGE and not is_file:
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_COLLAPSE)
+
+
+def randomize(model, seed: int = 0) -> None:
+    """Fill a model with random weights: matrices normal, deviation 0.02; vectors all ones. Modules
+    that name the same tensor, as a tied head does, get the same."""
+    generator = torch.Generator(model.device).manual_seed(seed)
+    options = {"generator": generator, "device": model.device, "dtype": model.dtype}
+    takers = Counter(name for module in model.loaders for name in module.shapes)
+    shared = {}
+    for module in model.loaders:
+        tensors = []
+        for name, shape in module.shapes.items():
+            if name in shared:
+                tensor = shared[name]
+            else:
+                tensor = torch.randn(shape, **options).mul_(0.02)
+                tensor = tensor if len(shape) > 1 else torch.ones_like(tensor)
+            if takers[name] > 1:
+                shared[name] = tensor
+            tensors.append(tensor)
+        model.nbytes += module.load(tensors)
+
+
+@dataclass
+class Stats:
+    """What an engine has done so far."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    new_tokens: int = 0  # those of decoding, and the first one of each completion
+    steps: int = 0  # passes of decoding, each of which reads all weights
+    first_token_seconds: float = 0.0
+    accept_counts: list[int] = field(default_factory=list)  # [i]: rounds that made i + 1 tokens
+
+
+def per_second(amount: float, seconds: float) -> float:
+    """0 where nothing was done."""
+    return amount / seconds if seconds else 0.0
+
+
+def report(stats: Stats, model, load_s: float, compile_s: float, as_json: bool) -> None:
+    """Print the stats: as a line of JSON if that is asked for, and in words on standard error."""
+    decode = per_second(stats.decode_tokens, stats.decode_seconds)
+    prefill = per_second(stats.prefill_tokens, stats.prefill_seconds)
+    gb_s = per_second(model.nbytes * stats.steps, stats.decode_seconds) / 1e9
+    if as_json:
+        line = {
+            "decode_tokens_per_sec": decode,
+            "prefill_tokens_per_sec": prefill,
+            "time_to_first_token_s": stats.first_token_seconds,
+            "load_s": load_s,
+            "compile_s": compile_s,
+            "new_tokens": stats.new_tokens,
+            "model_bytes": model.nbytes,
+            "bandwidth_gb_s": gb_s,
+            "accept_counts": stats.accept_counts,
+            "peak_memory_gb": peak_memory(model.device) / 1e9,
+            "deterministic": model.ops.exact,
+        }
+        print(json.dumps({"stats": line}), flush=True)
+
+    limit = read_bandwidth(model.device) / 1e9  # only now, as it takes memory
+    print(
+        f"{stats.new_tokens} tokens: decode {decode:.1f} tokens/s, prefill {prefill:.0f} tokens/s, "
+        f"first token after {stats.first_token_seconds:.2f} s\n"
+        f"load {load_s:.1f} s, compile {compile_s:.1f} s, weights {model.nbytes / 1e9:.2f} GB at "
+        f"{gb_s:.1f} GB/s, {gb_s / limit:.0%} of the {limit:.0f} GB/s that this machine reads",
+        file=sys.stderr,
+    )
+
+
+def find_device(name: str | None, world: int) -> torch.device:
+    """The device of that name; without one a CUDA device, if there is any, else the CPU. Of several
+    processes each has its own. Raises Refusal."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and world > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK')}"
+    choices = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
+    why = f"--device {name} is not available, choose from {choices}"
+    with refusing(why, RuntimeError, AssertionError):
+        torch.zeros(1, device=name).item()
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)  # where Triton launches its kernels
+    return torch.device(name)
+
+
+def set_up(model, compile_decode: bool, compile_prefill: bool) -> None:
+    """Make every global setting, after loading, and compile what is to be compiled."""
+    tune_memory(model.device, huge_pages=compile_decode)
+    if (compile_decode or compile_prefill) and model.device.type == "cpu":
+        check_compiler(model)
+    if compile_prefill:
+        model.prefill_stack = compiled(model, dynamic=True)
+    if compile_decode:
+        model.decode_stack = compiled(model)
+        model.verify_stack = compiled(model)
+        capturable = all(block.capturable for block in model.layers)
+        model.graphed = model.device.type == "cuda" and capturable
+
+
+def check_compiler(model) -> None:
+    if model.ops.exact and torch.__version__ < (2, 13):  # whose code keeps fp32 where eager rounds
+        raise Refusal("--deterministic --compile needs PyTorch 2.13 here")
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise Refusal("--compile needs a C++ compiler, g++ or that of $CXX")
+    # Inductor warns of what it does itself, for int8.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")
+
+
+def compiled(model, **more):
+    """The model's stack, compiled. PyTorch keeps graphs by code object, so each has a copy of
+    it."""
+    stack = type(model).stack
+    own = types.FunctionType(stack.__code__.replace(), stack.__globals__, stack.__name__)
+    options = dict(model.ops.compile_options)
+    options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    return torch.compile(own.__get__(model), fullgraph=True, options=options, **more)
+
+
+@contextlib.contextmanager
+def profile(path: str | None):
+    """Write a trace of what runs within to a file, if one is named."""
+    if path is None:
+        yield
+        return
+    with open(path, "w"):  # to see now whether it can be written
+        pass
+    with torch.profiler.profile() as profiler:
+        yield
+    profiler.export_chrome_trace(path)

@@ -1,0 +1,341 @@
+"""What is asked for and what comes of it: requests from the flags of generate.py and from files,
+their completions, and the lines of JSON that are read, written and resumed."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from scripts.checkpoint import Refusal, is_first_rank, progress, refusing, say
+from scripts.tokenizer import Tokenizer
+
+# What a line of a prompts file may say of its request, and the type of that. A bool is no int here.
+ENTRY_TYPES = {"prompt": [str], "id": [str, int], "seed": [int], "max_new_tokens": [int]}
+ENTRY_RULE = "expected a text as prompt, an id of its own, integers as seed and max_new_tokens"
+JSON_BEGINS = re.compile(rb'\s*{\s*"')
+
+
+def message(role: str, text: str) -> dict:
+    """One of a conversation."""
+    return {"role": role, "content": text}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to make."""
+
+    id: int | str
+    prompt: str
+    prompt_ids: list[int]
+    sample: int = 0
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 200
+    top_p: float = 1.0
+    seed: int = 1234
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+    line: dict | None = None  # of --score, to be printed again
+
+
+class Completion:
+    """A request and what came of it so far; `finish_reason` is None while it runs."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer):
+        self.request = request
+        self.tokenizer = tokenizer
+        self.eos_ids = () if request.ignore_eos else tokenizer.eos_ids
+        self.ids = list(request.prompt_ids)  # of the prompt and of what is new
+        self.tokens = []
+        self.logprobs = []
+        # Where the prompt fills the context, there is no room for a token.
+        self.finish_reason = None if request.max_new_tokens else "length"
+        self.text = ""  # it ends with the text of tokens[base:read]
+        self.base = self.read = 0
+        self.shown = 0  # characters of the text that have been returned
+
+    def push(self, token: int, logprob: float) -> str:
+        """Add a token that was drawn; returns the text that has become certain: no half characters,
+        nothing of a stop string. Raises Refusal where the logprob is no number."""
+        if logprob != logprob:
+            raise Refusal("logits that are no numbers: choose another --precision")
+        self.ids.append(token)
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if token in self.eos_ids:
+            self.finish_reason = "stop"
+        elif len(self.tokens) >= self.request.max_new_tokens:
+            self.finish_reason = "length"
+        self.decode_token()
+        start = self.shown
+        self.shown = self.certain_length()
+        return self.text[start : self.shown]
+
+    def decode_token(self) -> None:
+        """Add the text of the last token. What that is depends on its neighbours only, so a short
+        window of them is decoded."""
+        before = self.tokenizer.decode(self.tokens[self.base : self.read])
+        now = self.tokenizer.decode(self.tokens[self.base :])
+        is_half_a_character = now.endswith("\ufffd")
+        if self.finish_reason or not is_half_a_character:
+            self.text += now[len(before) :]
+            self.base = self.read
+            self.read = len(self.tokens)
+
+    def certain_length(self) -> int:
+        """How many characters of the text nothing that comes can take back. Cuts the text at a stop
+        string, and finishes there."""
+        starts = [self.text.find(stop, self.shown) for stop in self.request.stop]
+        starts = [i for i in starts if i >= 0]
+        if starts:
+            self.text = self.text[: min(starts)]
+            self.finish_reason = "stop"
+        elif not self.finish_reason:
+            for i in range(self.shown, len(self.text)):
+                end = self.text[i:]  # which a stop string may begin with
+                if any(stop.startswith(end) for stop in self.request.stop):
+                    return i
+        return len(self.text)
+
+    def json(self) -> str:
+        """The line of --json; of --score, the line that was read with other logprobs."""
+        line = self.request.line or {
+            "id": self.request.id,
+            "sample": self.request.sample,
+            "prompt": self.request.prompt,
+            "prompt_ids": self.request.prompt_ids,
+            "text": self.text,
+            "tokens": self.tokens,
+            "logprobs": self.logprobs,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": len(self.request.prompt_ids),
+            "seed": self.request.seed,
+        }
+        return json.dumps(line | {"logprobs": self.logprobs}, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class RequestMaker:
+    """Makes requests of entries: dicts with `id`, `prompt` and perhaps other fields of Request,
+    which go before `settings`."""
+
+    tokenizer: Tokenizer
+    vocab_size: int
+    context: int  # tokens of a prompt and its completion together
+    settings: dict  # fields of Request, by the flags
+    num_samples: int = 1
+    chat: bool = False  # whether the chat template goes around a prompt
+    system: Sequence[dict] = ()  # the messages that a conversation begins with
+    synthetic: bool = False  # whether a prompt that is a number means so many random tokens
+
+    @classmethod
+    def from_flags(cls, args, tokenizer: Tokenizer, vocab_size: int, context: int):
+        """`args` is what cli.parse_args returns."""
+        names = {field.name for field in fields(Request)} - {"prompt"}  # which is a list there
+        settings = {name: value for name, value in vars(args).items() if name in names}
+        samples, synthetic = args.num_samples, args.prompts_file is None
+        return cls(
+            tokenizer, vocab_size, context, settings, samples, args.chat, args.system, synthetic
+        )
+
+    def make(self, entry: dict) -> list[Request]:
+        """The samples of an entry. Raises Refusal for a prompt that does not fit the model."""
+        ids = self.prompt_ids(entry)
+        name = f"prompt {entry['id']}"
+        room = self.context - len(ids)
+        are_tokens = all(type(x) is int and 0 <= x < self.vocab_size for x in ids)
+        if not ids or room < 0 or not are_tokens:
+            expected = f"1 to {self.context} (context), ids below {self.vocab_size}"
+            raise Refusal(f"{name}: {len(ids)} tokens, expected {expected}")
+        settings = self.settings | entry
+        if settings["max_new_tokens"] > room:
+            say(f"warning: {name} meets the context of {self.context} after {room} new tokens")
+        settings["prompt_ids"] = ids
+        settings["max_new_tokens"] = min(settings["max_new_tokens"], room)
+        return [Request(**{"sample": i} | settings) for i in range(self.num_samples)]
+
+    def prompt_ids(self, entry: dict) -> list[int]:
+        """As given, random, of the chat template or of the plain text."""
+        text = entry["prompt"]
+        if entry.get("prompt_ids") is not None:
+            return entry["prompt_ids"]
+        if self.synthetic and text.isascii() and text.isdigit():
+            return self.random_ids(text)
+        if self.chat:
+            return self.tokenizer.encode_chat([*self.system, message("user", text)])
+        return self.tokenizer.encode(text)
+
+    def random_ids(self, digits: str) -> list[int]:
+        # One more than fit is as wrong as any number; Python reads no number of 5000 digits.
+        size = min(int(digits[:18]), self.context + 1)
+        return random.Random(self.settings["seed"]).choices(range(self.vocab_size), k=size)
+
+
+def read_requests(args, maker: RequestMaker) -> list[Request]:
+    """Of the flag that says what is asked for: --score, --prompts_file or --prompt. Raises Refusal,
+    for a file with the number of the line."""
+    if args.score:
+        return read_score_file(args.score, maker)
+    if args.prompts_file:
+        return read_prompts_file(args.prompts_file, maker)
+    default = "128" if args.random_weights else "Hello, my name is"
+    return read_prompts(args.prompt or [default], maker)
+
+
+def read_prompts(texts: Iterable[str], maker: RequestMaker) -> list[Request]:
+    found = []
+    for i, text in enumerate(texts):
+        with refusing("--prompt", ValueError):
+            typed = os.fsencode(text)  # which may be no text
+            found += maker.make({"id": i, "prompt": plain_text(typed)})
+    return found
+
+
+def read_prompts_file(path: Path, maker: RequestMaker) -> list[Request]:
+    """A prompt a line, as plain text or, in a .jsonl file, as JSON with other settings of the
+    request. Of standard input, the first line shows which."""
+    where = f"--prompts_file {path}"
+    lines = read_lines(where, path)
+    is_json = path.suffix == ".jsonl"
+    if str(path) == "-":
+        is_json = JSON_BEGINS.match(b"".join(line for _, line in lines[:2])) is not None
+    ids = set()
+    found = []
+    for number, line in lines:
+        with refusing_line(where, number):
+            given = read_object(line) if is_json else {"prompt": plain_text(line)}
+            entry = {"id": len(ids)} | read_entry(given)
+            if entry["id"] in ids:
+                raise Refusal(ENTRY_RULE)
+            ids.add(entry["id"])
+            found += maker.make(entry)
+    return found
+
+
+def read_entry(given: dict) -> dict:
+    """What a line of JSON says of its request; other names are not looked at."""
+    entry = {"prompt": given["prompt"]}
+    for name, types in ENTRY_TYPES.items():
+        if name in given:
+            if type(given[name]) not in types:
+                raise Refusal(ENTRY_RULE)
+            entry[name] = given[name]
+    if entry.get("max_new_tokens", 1) < 1:
+        raise Refusal(ENTRY_RULE)
+    return entry
+
+
+def read_score_file(path: Path, maker: RequestMaker) -> list[Request]:
+    """Of each line with prompt_ids and tokens a request that has them all as its prompt, and room
+    for none. Lines of stats are passed over."""
+    where = f"--score {path}"
+    found = []
+    for number, line in read_lines(where, path):
+        with refusing_line(where, number):
+            given = read_object(line)
+            if "stats" not in given:
+                found += maker.make(score_entry(given))[:1]
+    if not found:
+        raise Refusal(f"{where} has no completion")
+    return found
+
+
+def score_entry(given: dict) -> dict:
+    if not given["prompt_ids"]:
+        raise Refusal("expected prompt_ids")
+    names = {"id": given.get("id"), "sample": given.get("sample")}
+    if any(isinstance(name, (list, dict)) for name in names.values()):
+        raise Refusal("expected a text or a number as id and sample")
+    ids = given["prompt_ids"] + given["tokens"]
+    return names | {"prompt": "", "prompt_ids": ids, "max_new_tokens": 0, "line": given}
+
+
+def read_lines(where: str, path: Path) -> list[tuple[int, bytes]]:
+    """The lines of a file that are not blank, with their numbers; - is standard input. Line feeds
+    alone end them: splitlines() knows characters that are part of a text."""
+    with refusing(f"{where} cannot be read", OSError, AttributeError):  # stdin may be None
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    lines = enumerate(content.split(b"\n"), start=1)
+    found = [(number, line.removesuffix(b"\r")) for number, line in lines if line.strip()]
+    if not found:
+        raise Refusal(f"{where} is empty")
+    return found
+
+
+def refusing_line(where: str, number: int):
+    return refusing(f"{where}, line {number} is refused", ValueError, TypeError, KeyError)
+
+
+def plain_text(line: bytes) -> str:
+    """Some editors begin a file with a mark of its encoding. Raises UnicodeError."""
+    return line.decode("utf-8-sig")
+
+
+def read_object(line: bytes) -> dict:
+    """A line of JSON. Raises ValueError for one that is no object, or that has half a character."""
+    given = json.loads(line)
+    if not isinstance(given, dict):
+        raise Refusal("expected a JSON object")
+    json.dumps(given, ensure_ascii=False).encode()  # raises UnicodeError for half a character
+    return given
+
+
+def resume(path: Path | None, requests: list[Request]) -> list[Request]:
+    """Those of which an --output file has no completion yet. Where its last line is torn, as a run
+    that was killed leaves it, that is cut off. Raises Refusal for a file that holds anything else,
+    and leaves that as it is."""
+    content = b""
+    if path and path.is_file():
+        content = path.read_bytes()
+    *lines, torn = content.split(b"\n")
+    foreign = f"--output {path} holds more than completions, which would be lost"
+    with refusing(foreign, ValueError, KeyError, TypeError):
+        entries = [entry for entry in map(json.loads, lines) if "stats" not in entry]
+        done = {(entry["id"], entry["sample"]) for entry in entries}
+        check_torn(torn)
+    if torn:
+        os.truncate(path, len(content) - len(torn))
+    left = [request for request in requests if (request.id, request.sample) not in done]
+    if len(left) < len(requests):
+        say(f"{len(requests) - len(left)} of {len(requests)} completions are in {path}")
+    return left
+
+
+def check_torn(line: bytes) -> None:
+    """Raise Refusal or KeyError for the end of a file that is no part of a completion."""
+    if not b'{"id": '.startswith(line[:7]):
+        raise Refusal("its last line")
+    with contextlib.suppress(ValueError):  # which a part of a line raises
+        json.loads(line)["tokens"]
+
+
+def write(
+    engine, requests: list[Request], as_json: bool, output: Path | None, echo_prompt: bool, stream
+) -> None:
+    """Run the requests and print completions, or of --score the lines that were read with new
+    logprobs. With `stream`, which needs an engine of one slot, text is printed as it comes; else a
+    completion is printed when it ends. The first rank appends lines of JSON to `output` as well."""
+    end = "\n\n" if len(requests) > 1 else "\n"
+    path = output if output and is_first_rank() else os.devnull
+    with open(path, "a", encoding="utf-8") as file:
+        for completion, piece in engine.generate(requests):
+            is_done = completion.finish_reason is not None
+            lead = completion.request.prompt if echo_prompt else ""
+            if read := completion.request.line:
+                progress("scoring", completion.request.id, end="\r")
+                completion.logprobs = engine.score(read["prompt_ids"], read["tokens"])
+            if is_done:
+                print(completion.json(), file=file, flush=True)
+            if stream and not as_json:
+                is_first = len(completion.tokens) <= 1
+                text = lead + piece if is_first else piece
+                print(text, end=end if is_done else "", flush=True)
+            elif is_done and as_json:
+                print(completion.json(), flush=True)
+            elif is_done:
+                print(lead + completion.text, end=end, flush=True)
