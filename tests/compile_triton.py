@@ -1,10 +1,13 @@
-"""Compile the Triton kernels for a card that need not be there, in every way that they are launched, and print of each:
-kernel, weight, launch, bytes of shared memory, loads ahead of their use and not, in the loop, and kinds of products.
+"""Compile the Triton kernels for a card that need not be there, in every way that they are
+launched, and print of each: card, kernel, weight, launch, bytes of shared memory, loads ahead of
+their use and not, in the loop, kinds of products, and how many numbers along k a thread has side by
+side: 2 where k ascends, more where tensor cores are given it permuted.
 
-python tests/compile_triton.py 90"""
+python tests/compile_triton.py 89 90"""
 
 import re
 import sys
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -12,52 +15,106 @@ from triton.compiler import ASTSource
 
 import kernels
 
-HALF, WHOLE = "*bf16", "i32"
-LINEAR = {  # types of x, w, scale and grid, bytes of a number of w, and its group
-    "bf16": (HALF, HALF, None, None, 2, 1),
-    "int8": (HALF, "*i8", HALF, None, 1, 1),
-    "int4": (HALF, "*u8", None, "*i32", 1, 32),
-    "fp32": ("*fp32", "*fp32", None, None, 4, 1),
+WHOLE = "i32"
+VARIES = ("M", "T", "L", "window")  # a call's own, no multiple of anything
+LAUNCHES = kernels.TritonPacked.LAUNCHES
+
+
+class Weight(NamedTuple):
+    """The types of x, w, scale and grid, bytes of a number of x and of w, and the group."""
+
+    x: str
+    w: str
+    scale: str | None
+    grid: str | None
+    x_size: int
+    w_size: int
+    group: int
+
+
+WEIGHTS = {
+    "bf16": Weight("*bf16", "*bf16", None, None, 2, 2, 1),
+    "int8": Weight("*bf16", "*i8", "*bf16", None, 2, 1, 1),
+    "int4": Weight("*bf16", "*u8", None, "*i32", 2, 1, 32),
+    "fp32": Weight("*fp32", "*fp32", None, None, 4, 4, 1),
 }
 
 
-def compiled(function, options, constants, **types):
-    """(bytes of shared memory, PTX); pointers and sizes are multiples of 16, as of all models, but for a call's own."""
-    constants |= {name: None for name, kind in types.items() if kind is None}
-    order, place = function.arg_names, lambda name: (function.arg_names.index(name),)
-    types = {name: "constexpr" if name in constants else types[name] for name in order}
-    even = [name for name in order if types[name][0] in "*i" and name not in ("M", "T", "L", "window")]
-    attrs = {place(name): [["tt.divisibility", 16]] for name in even}
-    source = ASTSource(function, types, {place(name): x for name, x in constants.items()}, attrs)
-    target, options = GPUTarget("cuda", int(sys.argv[1]), 32), options | {"enable_fp_fusion": False}
-    made = triton.compile(source, target, options)
-    return made.metadata.shared, made.asm["ptx"]
+class Compiled(NamedTuple):
+    shared: int  # bytes of shared memory
+    ptx: str
+    text: str  # Triton's own
 
 
-def main():
+def compile_kernel(arch: int, function, options, constants: dict, types: dict) -> Compiled:
+    """Pointers and sizes are multiples of 16, as those of all models are."""
+    constants = constants | {name: None for name, kind in types.items() if kind is None}
+    signature = {}
+    attributes = {}
+    for i, name in enumerate(function.arg_names):
+        kind = "constexpr" if name in constants else types[name]
+        signature[name] = kind
+        if kind[0] in "*i" and name not in VARIES:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    placed = {(function.arg_names.index(name),): x for name, x in constants.items()}
+    source = ASTSource(function, signature, placed, attributes)
+    options = options | {"enable_fp_fusion": False}
+    made = triton.compile(source, GPUTarget("cuda", arch, 32), options)
+    return Compiled(made.metadata.shared, made.asm["ptx"], made.asm["ttgir"])
+
+
+def compile_linear(arch: int, function, weight: Weight, launch: dict) -> Compiled:
+    blocks = {key: n for key, n in launch.items() if key.startswith("BLOCK")}
+    most_k = launch["BLOCK_K"] * 2 // weight.x_size
+    blocks["BLOCK_K"] = min(128 // weight.w_size, most_k)
+    blocks["GROUP"] = weight.group
+    options = {key: n for key, n in launch.items() if key.startswith("num")}
+    types = {"x": weight.x, "w": weight.w, "scale": weight.scale, "grid": weight.grid}
+    types |= {"bias": "*bf16", "y": weight.x}
+    types |= dict.fromkeys(("M", "N", "K", "leaf"), WHOLE)
+    return compile_kernel(arch, function, options, blocks, types)
+
+
+def compile_attention(arch: int, function, kind: str, tile, stages, absent: str) -> Compiled:
+    """Of 8 KV heads with 4 queries each; `absent` is the argument that is None."""
+    constants = {"G": 8, "R": 4, "D": 128, "D_PAD": 128, "SPLIT": kernels.SPLIT, "TILE": tile}
+    constants[absent] = None
+    types = {"q": kind, "k_cache": kind, "v_cache": kind, "pos": "*i64", "parts": "*fp32"}
+    types |= {"y": kind, "scale": "fp32"}
+    types |= dict.fromkeys(("T", "L", "window"), WHOLE)
+    options = {"num_warps": 4, "num_stages": stages}
+    return compile_kernel(arch, function, options, constants, types)
+
+
+def describe_product(made: Compiled) -> list:
+    """Loads ahead of their use and not, kinds of products, numbers side by side along k."""
+    loop = made.ptx[made.ptx.find("cp.async.wait") : made.ptx.rfind("mma")]
+    kinds = set(re.findall(r"(wgmma.mma_async|mma).sync.aligned.m\d+n\d+(k\d+)", made.ptx))
+    ahead = len(re.findall("cp.async.c[ag]", made.ptx))
+    late = len(re.findall("ld.global", loop))
+    widths = map(int, re.findall(r"kWidth = (\d+)", made.text))
+    side_by_side = max(widths, default=2)  # none: it reads shared memory
+    return [ahead, late, ", ".join(" ".join(kind) for kind in kinds), side_by_side]
+
+
+def describe_kernels(arch: int) -> None:
     functions = kernels.triton_kernels()
-    for name, (x, w, scale, grid, size, group) in LINEAR.items():
-        for most, launch in kernels.TritonPacked.LAUNCHES.items():
-            blocks = {key: n for key, n in launch.items() if key.startswith("BLOCK")}
-            blocks |= {"BLOCK_K": min(128 // size, launch["BLOCK_K"]), "GROUP": group}
-            options = {key: n for key, n in launch.items() if key.startswith("num")}
-            types = {"x": x, "w": w, "scale": scale, "grid": grid, "bias": HALF, "y": x}
-            types |= dict.fromkeys(("M", "N", "K", "leaf"), WHOLE)
-            shared, ptx = compiled(functions.linear, options, blocks, **types)
-            loop = ptx[ptx.find("cp.async.wait") : ptx.rfind("mma")]
-            kinds = set(re.findall(r"(wgmma.mma_async|mma).sync.aligned.m\d+n\d+(k\d+)", ptx))
-            kinds = ", ".join(" ".join(kind) for kind in kinds)
-            row = len(re.findall("cp.async.c[ag]", ptx)), len(re.findall("ld.global", loop)), kinds
-            print("linear", name, most, shared, *row, sep="|")
-    for x, tile, stages in (HALF, 64, 2), ("*fp32", 32, 1):
+    kinds = {"bf16": (64, 2), "fp32": (32, 1)}  # tile and stages of attention
+    weights = dict(WEIGHTS)
+    if arch > 89:  # fp32 uses no tensor cores, so its code is that of the other card
+        del kinds["fp32"], weights["fp32"]
+    for name, weight in weights.items():
+        for most, launch in LAUNCHES.items():
+            made = compile_linear(arch, functions.linear, weight, launch)
+            print(arch, "linear", name, most, made.shared, *describe_product(made), sep="|")
+
+    for kind, (tile, stages) in kinds.items():
         for absent in "parts", "y", "k_cache":  # all at once, one split, the sum of splits
-            constants = {"G": 8, "GROUP": 4, "D": 128, "D_PAD": 128, "SPLIT": kernels.SPLIT, "TILE": tile, absent: None}
-            types = {"q": x, "k_cache": x, "v_cache": x, "pos": "*i64", "parts": "*fp32", "y": x, "scale": "fp32"}
-            types |= dict.fromkeys(("T", "L", "window"), WHOLE)
-            options = {"num_warps": 4, "num_stages": stages}
-            shared, _ = compiled(functions.attention, options, constants, **types)
-            print("attention", x[1:], f"no {absent}", shared, "", "", "", sep="|")
+            made = compile_attention(arch, functions.attention, f"*{kind}", tile, stages, absent)
+            how = f"no {absent}"
+            print(arch, "attention", kind, how, made.shared, *[""] * 4, sep="|")
 
 
 if __name__ == "__main__":
-    main()
+    for argument in sys.argv[1:]:
+        describe_kernels(int(argument))

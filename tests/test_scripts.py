@@ -1,22 +1,36 @@
-"""scripts/bench.py and scripts/verify.py on a tiny random model: what they print, what they find, bad input."""
+"""scripts/bench.py and scripts/verify.py on a tiny random model: what they print, what they find,
+bad input."""
 
+import fcntl
 import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 import generate
-from kernels import BATCH_INVARIANT, FAST
-from tests import contract
+from scripts import bench, contract, machine, verify
 
 ROOT = Path(generate.__file__).parent
-CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 128, "intermediate_size": 192, "vocab_size": 320}
-CONFIG |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
-CONFIG |= {"max_position_embeddings": 3000, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+COMPILE = torch.compile
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "vocab_size": 320,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 3000,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
 
 
 @pytest.fixture
@@ -25,61 +39,205 @@ def config(tmp_path):
     return tmp_path / "config.json"
 
 
-def run(*argv):
+@pytest.fixture(autouse=True)
+def quick_bandwidth(monkeypatch, request):
+    """Reading more than the caches of this machine hold takes seconds."""
+    if "bandwidth" not in request.node.name:
+        monkeypatch.setattr(machine, "read_bandwidth", lambda device: 1e10)
+
+
+# ---- scripts/bench.py
+
+
+def bench_here(monkeypatch, config, *flags):
+    """Run bench.py in this process, which can look into it, with code that is traced and not
+    compiled; returns how many graphs that makes."""
+
+    def traced(function, options, **more):
+        return COMPILE(function, backend="eager", **more)
+
+    argv = ["--random_weights", config, "--runs", "1", "--prompts", "30", *flags]
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, argv)])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    bench.main()
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("flags, columns", [([], 6), (["--deterministic"], 8)], ids=str)
+def test_bench(config, monkeypatch, capsys, flags, columns):
+    """A table of both kinds, without the flag and, if it is given, with it; the same as lines of
+    JSON."""
+    path = config.parent / "lines.jsonl"
+    asked = ("--batches", "1,2", "--contexts", "16,200", "--output", path)
+    bench_here(monkeypatch, config, *asked, *flags)
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.strip("| ").split(" | ") for line in lines if re.match(r"\| (pre|de)", line)]
+    cells = [("prefill", "1", "30"), *(("decode", b, n) for n in ("16", "200") for b in ("1", "2"))]
+    assert [tuple(row[:3]) for row in table] == cells
+    assert all(len(row) == columns for row in table)
+    assert all(float(x) > 0 for row in table for x in row[3:])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    rounded = [[f"{x:.4g}" for x in list(line.values())[1:]] for line in lines]
+    assert rounded == [row[1:] for row in table]
+    if flags:
+        for line in lines:
+            assert line["cost"] * line["deterministic"] == pytest.approx(line["tokens/s"])
+
+
+def test_bench_compiles_once_a_mode(config, monkeypatch):
+    contexts = "--compile", "--batches", "1", "--contexts", "16,200,700,40"
+    assert bench_here(monkeypatch, config, *contexts) == 1
+    assert bench_here(monkeypatch, config, *contexts, "--deterministic") == 2
+    # The negative control: caches as long as the text of each cell.
+    work, lengths = bench.work, iter(range(800, 2000, 100))
+
+    def of_another_length(model, cell, length, chunk):
+        return work(model, cell, next(lengths), chunk)
+
+    monkeypatch.setattr(bench, "work", of_another_length)
+    assert bench_here(monkeypatch, config, *contexts) > 1
+
+
+def test_bench_feeds_random_ids(config, monkeypatch):
+    fed = []
+    step, prefill = generate.Engine.step, generate.Engine.prefill
+
+    def watched_step(engine, tokens, *others):
+        fed.append(sum(tokens, []))
+        return step(engine, tokens, *others)
+
+    def watched_prefill(engine, ids, *others):
+        fed.append(ids)
+        return prefill(engine, ids, *others)
+
+    monkeypatch.setattr(generate.Engine, "step", watched_step)
+    monkeypatch.setattr(generate.Engine, "prefill", watched_prefill)
+    bench_here(monkeypatch, config, "--batches", "5")
+    assert {len(ids) for ids in fed} == {5, 30}
+    assert all(len(set(ids)) > len(ids) / 2 for ids in fed)
+
+
+def run(*argv, **options):
     argv = [sys.executable, *map(str, argv)]
-    return subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    return subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=300, **options)
 
 
-def test_bench(config):
-    """A table of both kinds, without the flag and, if it is given, with it; the same as lines of JSON."""
-    flags = "--batches", "1,2", "--contexts", "16,200", "--prompts", "30", "--runs", "1"
-    for more, columns in ((), 6), (("--deterministic",), 8):
-        path = config.parent / f"{columns}.jsonl"
-        done = run("scripts/bench.py", "--random_weights", config, *flags, *more, "--output", path)
-        assert done.returncode == 0, done.stderr
-        rows = [row.strip("| ").split(" | ") for row in done.stdout.splitlines() if re.match(r"\| (pre|de)", row)]
-        asked = [("prefill", "1", "30"), *(("decode", b, n) for n in ("16", "200") for b in ("1", "2"))]
-        assert [tuple(row[:3]) for row in rows] == asked and all(len(row) == columns for row in rows)
-        assert all(float(x) > 0 for row in rows for x in row[3:])
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        assert [[f"{x:.4g}" for x in list(line.values())[1:]] for line in lines] == [row[1:] for row in rows]
-        assert columns == 6 or all(abs(x["cost"] * x["deterministic"] / x["tokens/s"] - 1) < 1e-9 for x in lines)
+def test_processes_that_share_a_lock_measure_one_at_a_time(config, tmp_path):
+    """While another process measures, bench.py waits; while another compiles, it loads."""
+    with open(tmp_path / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        flags = ["--batches", "1", "--prompts", "9", "--runs", "1", "--lock", lock.name]
+        argv = [sys.executable, "scripts/bench.py", "--random_weights", str(config), *flags]
+        process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.communicate(timeout=8)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert "| decode | 1 | 16 |" in process.communicate(timeout=60)[0]
 
 
-@pytest.mark.parametrize(
-    "argv, word",
-    [
-        (["bench.py", "--bogus"], "--bogus"),
-        (["bench.py", "--batches", "x"], "x"),
-        (["bench.py", "--checkpoint_path", "/nowhere"], "config.json"),
-        (["verify.py", "--bogus"], "--bogus"),
-        (["verify.py", "--size", "x"], "--size"),
-        (["verify.py", "--checkpoint_path", "/nowhere"], "config.json"),
-    ],
-)
-def test_bad_input(argv, word):
-    done = run(f"scripts/{argv[0]}", *argv[1:])
-    assert done.returncode == 2 and done.stdout == "", done
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and word in done.stderr
+def test_bench_serves(config):
+    """`ready`, then a number for each line, until one that is no order."""
+    flags = ["--random_weights", config, "--batch_size", "2", "--serve"]
+    done = run("scripts/bench.py", *flags, input="decode 3\nprefill 1\ndecode\n")
+    ready, decode, prefill = done.stdout.split()
+    assert ready == "ready" and float(decode) > 0 and float(prefill) > 0
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "`decode 30`" in done.stderr
+
+
+# ---- the bandwidth
+
+
+class Event:
+    """In place of torch.cuda.Event."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    synchronize = record
+
+    def elapsed_time(self, end):
+        return 2.0  # milliseconds
+
+
+def test_bandwidth_is_read_from_more_than_caches_hold(monkeypatch):
+    """A card reads 4 GB, or half of what is free, and is timed by events; a CPU reads 256 MB, or
+    four times its cache."""
+    sizes = []
+
+    def ones(size, device):
+        sizes.append(size * 4)
+        on_gpu = device.type == "cuda"
+        return types.SimpleNamespace(nbytes=size * 4, is_cuda=on_gpu, sum=lambda: None)
+
+    free = [1 << 40]
+    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 1 << 40))
+    assert machine.read_bandwidth(torch.device("cuda")) == (4 << 30) / 0.002
+    free[0] = 3 << 30
+    assert machine.read_bandwidth(torch.device("cuda")) == (3 << 29) / 0.002
+    for cache, size in ((32 << 20, 256 << 20), (256 << 20, 1 << 30)):
+        monkeypatch.setattr(machine, "last_cache", lambda cache=cache: cache)
+        machine.read_bandwidth(torch.device("cpu"))
+        assert sizes[-1] == size
+
+
+def test_the_bandwidth_of_this_machine():
+    assert 1e8 < machine.read_bandwidth(torch.device("cpu")) < 1e13
+
+
+# ---- bad input
+
+BAD_INPUT = [
+    (["bench.py", "--bogus"], "--bogus"),
+    (["bench.py", "--batches", "x"], "x"),
+    (["bench.py", "--batches", "0"], "--batches from 1"),
+    (["bench.py", "--contexts", "3000"], "1 to 2999"),
+    (["bench.py", "--checkpoint_path", "/nowhere"], "config.json"),
+    (["verify.py", "--bogus"], "--bogus"),
+    (["verify.py", "--size", "x"], "--size"),
+    (["verify.py", "--checkpoint_path", "/nowhere"], "config.json"),
+]
+COMMANDS = {"bench.py": bench.main, "verify.py": verify.main}
+
+
+def status_of(main, monkeypatch, *argv):
+    """With which status a command ends, in this process."""
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # to be put back
+    with pytest.raises(SystemExit) as end:
+        generate.command(main)
+    return end.value.code
+
+
+@pytest.mark.parametrize("argv, word", BAD_INPUT, ids=str)
+def test_bad_input(config, monkeypatch, capsys, argv, word):
+    model = [] if "--checkpoint_path" in argv else ["--random_weights", config]
+    assert status_of(COMMANDS[argv[0]], monkeypatch, *argv, *model) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and word in err
+
+
+def test_verify_is_a_command():
+    done = run("scripts/verify.py", "--bogus")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: ") and "--bogus" in done.stderr
+
+
+# ---- scripts/verify.py
 
 
 def test_tally():
     alone = {0: ([5, 6], [-1.0, -2.0]), 1: ([7], [-3.0])}
+    last = (1, ([7], [-3.0]))
     assert contract.tally(alone, list(alone.items())) == ("0 of 2", False)
-    assert contract.tally(alone, [(0, ([5, 6], [-1.0, -2.0000001])), (1, ([7], [-3.0]))]) == ("1 of 2, 1", True)
+    assert contract.tally(alone, [(0, ([5, 6], [-1.0, -2.0000001])), last]) == ("1 of 2, 1", True)
     assert contract.tally(alone, [(0, ([5], [-1.0])), (1, ([8], [-3.0]))]) == ("1 of 2, 0", True)
-
-
-def rows(config, monkeypatch, flags=(), **broken):
-    """The table of one model, with no compiling, which takes minutes."""
-    args = generate.parse_args(["--random_weights", str(config), *flags], size=1)
-    model, _ = generate.load(args)
-    contract.follow(model, model.ops, **broken)
-    monkeypatch.setattr(generate, "set_up", lambda *_: None)
-    monkeypatch.setattr(contract.multiprocessing, "get_context", lambda kind: SameProcess())
-    ids = [torch.randint(320, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in contract.LENGTHS]
-    requests = [generate.Request(i, "", row, max_new_tokens=6, **contract.OPTIONS[i % 3]) for i, row in enumerate(ids)]
-    return {name: (found, differs) for name, found, differs in contract.promises(args, model, requests)}
 
 
 class SameProcess:
@@ -98,27 +256,59 @@ class SameProcess:
         return function(*args)
 
 
-def test_verify_finds_nothing_with_the_flag(config, monkeypatch):
-    table = rows(config, monkeypatch, ["--deterministic"])
-    assert len(table) == 9 and not any(differs for _, differs in table.values()), table
+@pytest.fixture
+def verify_here(config, monkeypatch, capsys):
+    """Run verify.py in this process, with shorter texts and without compiling, which takes
+    minutes: its status, {what varies: [flag off, flag on]}, {rule broken: what differs}."""
+
+    def run(**broken):
+        prepare = contract.prepare
+
+        def prepare_broken(args, deterministic):
+            args, model, requests = prepare(args, deterministic)
+            if deterministic and broken:
+                contract.follow(model, **broken)
+            return args, model, requests
+
+        monkeypatch.setattr(contract, "prepare", prepare_broken)
+        monkeypatch.setattr(contract, "LENGTHS", (1, 9, 10, 64, 65, 30, 100))
+        monkeypatch.setattr(contract, "NEW", 5)
+        monkeypatch.setattr(machine, "set_up", lambda *_: None)
+        monkeypatch.setattr(contract.multiprocessing, "get_context", lambda kind: SameProcess())
+        flags = ["--random_weights", config, "--precision", "fp32"]
+        status = status_of(verify.main, monkeypatch, "verify.py", *flags)
+        table = {}
+        for line in capsys.readouterr().out.splitlines():
+            if line.startswith("| "):
+                name, *found = line.strip("| ").split(" | ")
+                table[name] = found
+        del table["what varies"], table["a rule broken on purpose, the flag on"]
+        promised = {name: found for name, found in table.items() if len(found) == 2}
+        controls = {name: found[0] for name, found in table.items() if len(found) == 1}
+        return status, promised, controls
+
+    return run
 
 
-def test_verify_finds_a_broken_rule(config, monkeypatch):
-    table = rows(config, monkeypatch, ["--deterministic"], attention=contract.causal_flag)
-    assert table["C2 prefill in chunks"][1] and table["C2 rescored by prefill"][1]
-    assert not table["C6 cache length"][1]  # which that rule has nothing to do with
+def differ(found):
+    """Whether it says so: "0 of 7", "3 of 7, 0", or a number of unique completions."""
+    count = int(found.split()[0])
+    return count > (0 if " of " in found else 1)
 
 
-@pytest.mark.parametrize("name", ["F.linear with no tiles, leaves or probe", "leaves for several rows only"])
-def test_controls_are_other_products(name):
-    linear = contract.CONTROLS[name]["linear"]
-    weight, x = (torch.randn(n, 384, generator=torch.Generator().manual_seed(n)) for n in (64, 40))
-    packed = BATCH_INVARIANT.pack(weight, None, 3)
-    want = BATCH_INVARIANT.linear(x, packed)
-    torch.testing.assert_close(linear(x, packed), want, rtol=0, atol=1e-4)  # sums of 384 products, in another order
-    assert not torch.equal(linear(x[:1], packed), want[:1])
+def test_verify(verify_here):
+    """With the flag nothing differs; without it, and where a rule is broken, much does."""
+    status, promised, controls = verify_here()
+    assert status == 0 and len(promised) == 9 and controls.keys() == contract.CONTROLS.keys()
+    assert not any(differ(on) for _, on in promised.values()), promised
+    assert all(map(differ, controls.values())), controls
+    assert differ(promised["C1 batch size, neighbours, refilled slots"][0])
+    assert differ(promised["C2 rescored by prefill"][0])
 
 
-def test_flag_off_is_the_other_table(config):
-    for flags, ops in (([], FAST), (["--deterministic"], BATCH_INVARIANT)):
-        assert generate.load(generate.parse_args(["--random_weights", str(config), *flags]))[0].ops is ops
+def test_verify_finds_a_broken_rule(verify_here):
+    status, promised, _ = verify_here(ops=contract.CausalFlag())
+    assert status == 1
+    assert differ(promised["C2 prefill in chunks"][1])
+    assert differ(promised["C2 rescored by prefill"][1])
+    assert not differ(promised["C6 cache length"][1])  # which that rule has nothing to do with

@@ -1,5 +1,6 @@
-"""Speculation: drafts change nothing but the time. With BATCH_INVARIANT bits are compared, and the same comparison is
-made with a rule broken on purpose; without, the distribution is compared with the exact one."""
+"""Speculation: drafts change nothing but the time. With BATCH_INVARIANT bits are compared, and the
+same comparison is made with a rule broken on purpose; without, the distribution is compared with
+the exact one."""
 
 import itertools
 import json
@@ -7,279 +8,367 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import fits, load, needs_compiler, random_ids, write_checkpoint
+from safetensors.torch import load_file, save_file
 from test_deterministic import BF16, CPU, FP32, build, randn
-from test_generate import fits, load, needs_compiler, write_checkpoint
 
 import generate
-from generate import DraftModel, Engine, Request, Tokenizer, prompt_lookup
+from generate import Engine
 from kernels import BATCH_INVARIANT, FAST
 from model import Transformer
-from tests.contract import HalfRight
+from scripts import cli, drafts
+from scripts import sampler as sampling
+from scripts.checkpoint import Refusal
+from scripts.contract import HalfRight
+from scripts.drafts import DraftModel, Pauses, PromptLookup
+from scripts.requests import Request
+from scripts.tokenizer import Tokenizer
 
 ROOM = 160
 
 
-def blurred(model, seed=1, much=0.02):
-    """A model like `model` as `build` makes it, its weights changed a little: a draft that is right now and then."""
+def blurred(model, amount=0.02):
+    """A model like `model` as `build` makes it, its weights changed a little: a draft that is right
+    now and then."""
     other = Transformer(model.config, model.ops, CPU, model.dtype)
-    for i, taker in enumerate(other.takers):
-        tensors = [randn(*shape, seed=i) * 0.3 for shape in taker.shapes.values()]
-        noise = [randn(*shape, seed=1000 * seed + i) * much for shape in taker.shapes.values()]
-        is_norm = len(taker.shapes) == 1 and tensors[0].dim() == 1
-        pairs = zip(tensors, noise, strict=True)
-        taker.load([(t + is_norm + n).to(model.dtype) for t, n in pairs])
+    for i, loader in enumerate(other.loaders):
+        tensors = []
+        for shape in loader.shapes.values():
+            is_norm = len(loader.shapes) == 1 and len(shape) == 1
+            tensor = randn(*shape, seed=i) * 0.3 + is_norm
+            noise = randn(*shape, seed=1000 + i) * amount
+            tensors.append((tensor + noise).to(model.dtype))
+        loader.load(tensors)
     return other
 
 
-def speculating(model, kind, slots, k, chunk=0, room=ROOM, draft=None):
-    """An engine whose drafts come by prompt lookup, or by a draft model, `model` itself where none is given."""
-    if kind == "lookup":
-        propose = prompt_lookup
-    else:
-        propose = DraftModel(Engine(draft or model, Tokenizer(None), slots, room, chunk, k=k), k)
-    engine = Engine(model, Tokenizer(None), slots, room, chunk, propose, k)
-    engine.pays = 0 if kind == "lookup" else engine.pays  # whatever it costs
-    return engine
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    """By dtype, a model and one that drafts for it."""
+    models = {}
+    for dtype in (BF16, FP32):
+        model = build(tmp_path_factory.mktemp("model"), BATCH_INVARIANT, dtype)
+        models[dtype] = model, blurred(model)
+    return models
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory):
+    model = build(tmp_path_factory.mktemp("model"), FAST, FP32)
+    return model, blurred(model)
+
+
+def speculating(models, kind, slots, k, chunk=0, room=ROOM):
+    """An engine whose drafts come by lookup or by the second of two models, whatever they cost."""
+    model, small = models
+    drafter = PromptLookup(k)
+    if kind == "model":
+        drafter = DraftModel(Engine(small, Tokenizer(None), slots, room + k, chunk), k)
+    return Engine(model, Tokenizer(None), slots, room, chunk, drafter)
 
 
 def answers(engine, requests):
-    return {c.request.id: (c.tokens, c.logprobs) for c, _ in engine.generate(requests) if c.finish_reason}
+    found = {}
+    for completion, _ in engine.generate(requests):
+        if completion.finish_reason:
+            found[completion.request.id] = completion.tokens, completion.logprobs
+    return found
 
 
-def plain(model, requests, slots=1):
-    return answers(Engine(model, Tokenizer(None), slots, ROOM), requests)
+def tokens_of(engine, requests):
+    return {i: tokens for i, (tokens, _) in answers(engine, requests).items()}
+
+
+def plain(model, slots=1):
+    return Engine(model, Tokenizer(None), slots, ROOM)
 
 
 def repeating(i, length, new=12, **fields):
     """A prompt that says everything twice, so that prompt lookup finds something."""
-    ids = torch.randint(300, (max(length // 2, 1),), generator=torch.Generator().manual_seed(i)).tolist()
-    return Request(i, "", (ids * 2 + ids)[: max(length, 1)], max_new_tokens=new, **fields)
+    generator = torch.Generator().manual_seed(i)
+    ids = torch.randint(300, (max(length // 2, 1),), generator=generator).tolist()
+    return Request(i, "", (ids * 2 + ids)[:length], max_new_tokens=new, **fields)
 
 
-OPTIONS = [{"temperature": 0.0}, {"temperature": 0.0}, {"top_k": 2, "seed": 7}, {"top_k": 50, "top_p": 0.9}]
-LENGTHS = [1, 9, 10, 30, 64, 65, 3, 17, 100, 2]
-REQUESTS = [repeating(i, LENGTHS[i % 10], 5 + i % 9, **OPTIONS[i % 4]) for i in range(24)]
+OPTIONS = [{"temperature": 0.0}, {"top_k": 2, "seed": 7}, {"top_k": 50, "top_p": 0.9}]
+LENGTHS = [1, 9, 10, 30, 64, 65, 3, 17, 100, 2, 8, 15, 22, 36, 43, 50, 71, 85, 120, 134]
+REQUESTS = [repeating(i, n, 5 + i % 9, **OPTIONS[i % 3]) for i, n in enumerate(LENGTHS)]
+KINDS = ["lookup", "model"]
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def narrow_top(logits, k, top=sampling.top):
+    """Few tokens to draw from, so that text repeats itself and lookup is right now and then."""
+    is_chosen = torch.arange(logits.shape[-1]) % 300 < 5
+    return top(torch.where(is_chosen, logits, logits - 1e4), k)
 
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Few tokens to draw from, so that the text repeats itself and lookup is right now and then."""
-    real = generate.top
-    few = lambda logits: torch.where(torch.arange(logits.shape[-1]) % 300 < 5, logits, logits - 1e4)
-    monkeypatch.setattr(generate, "top", lambda logits, k: real(few(logits), k))
+    monkeypatch.setattr(sampling, "top", narrow_top)
+
+
+@pytest.fixture(scope="module")
+def alone(exact):
+    """By dtype, the answers to REQUESTS of few tokens without speculation."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "top", narrow_top)
+        return {dtype: answers(plain(exact[dtype][0]), REQUESTS) for dtype in exact}
 
 
 # ---- the same bits
 
 
-@pytest.mark.parametrize("slots", [1, 8])
+@pytest.mark.parametrize("slots, ks", [(1, (1, 2, 5, 8)), (8, (3, 4, 6, 7))])
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-@pytest.mark.parametrize("kind", ["lookup", "model"])
-def test_same_bits(tmp_path, narrow, kind, dtype, slots):
-    """k = 1 to 8: tokens and logprobs are those without speculation; drafts were accepted, and others rejected."""
-    model = build(tmp_path, BATCH_INVARIANT, dtype)
-    draft, want = blurred(model), plain(model, REQUESTS)
+@kinds
+def test_same_bits(exact, alone, narrow, kind, dtype, slots, ks):
+    """At twenty lengths of the prompt and k = 1 to 8, tokens and logprobs are those without
+    speculation; drafts were accepted, and others rejected."""
+    want = alone[dtype]
     assert len({str(answer) for answer in want.values()}) == len(REQUESTS)
-    for k in range(1, 9):
-        engine = speculating(model, kind, slots, k, draft=draft)
+    for k in ks:
+        engine = speculating(exact[dtype], kind, slots, k)
         assert answers(engine, REQUESTS) == want
-        assert engine.accept_counts[0] > 0 and sum(engine.accept_counts[1:]) > 0
-        assert sum((i + 1) * n for i, n in enumerate(engine.accept_counts)) <= engine.tokens["new"]
+        counts = engine.stats.accept_counts
+        assert counts[0] > 0 and sum(counts[1:]) > 0
+        assert sum((i + 1) * n for i, n in enumerate(counts)) <= engine.stats.new_tokens
 
 
-@pytest.mark.parametrize("kind", ["lookup", "model"])
+@kinds
 def test_same_bits_in_chunks_and_order(tmp_path, narrow, kind):
     model = build(tmp_path, BATCH_INVARIANT, FP32, "3 KV heads, biases")
-    want = plain(model, REQUESTS)
+    models = model, blurred(model)
+    some = REQUESTS[:4] + REQUESTS[6:8]
+    want = answers(plain(model), some)
     for chunk in (1, 7):
-        assert answers(speculating(model, kind, 3, 4, chunk, draft=blurred(model)), REQUESTS[::-1]) == want
+        engine = speculating(models, kind, 3, 4, chunk)
+        assert answers(engine, some[::-1]) == want
 
 
-@pytest.mark.parametrize("kind", ["lookup", "model"])
-def test_noise_by_draft_order_differs(tmp_path, narrow, kind, monkeypatch):
+@kinds
+def test_noise_by_draft_order_differs(exact, alone, narrow, kind, monkeypatch):
     """Broken: noise keyed by the place in a round instead of the position."""
-    model, sampled = build(tmp_path, BATCH_INVARIANT, FP32), [r for r in REQUESTS if r.temperature]
-    real = generate.gumbel
-    monkeypatch.setattr(generate, "gumbel", lambda key, pos, ids: real(key, pos - pos[0], ids))
-    assert answers(speculating(model, kind, 1, 4), sampled) != plain(model, sampled)
+
+    def by_place(key, pos, ids, real=sampling.gumbel):
+        return real(key, pos - pos[0], ids)
+
+    sampled = [request for request in REQUESTS if request.temperature]
+    monkeypatch.setattr(sampling, "gumbel", by_place)
+    want = answers(plain(exact[FP32][0]), sampled)
+    assert answers(speculating(exact[FP32], kind, 1, 4), sampled) != want
 
 
-def test_flag_off_differs(tmp_path, narrow):
+def test_flag_off_differs(fast, narrow):
     """The comparison can fail: FAST rounds several rows of fp32 otherwise than one."""
-    model = build(tmp_path, FAST, FP32)
-    assert answers(speculating(model, "model", 1, 4), REQUESTS) != plain(model, REQUESTS)
+    want = answers(plain(fast[0]), REQUESTS)
+    assert answers(speculating(fast, "model", 1, 4), REQUESTS) != want
 
 
-def test_wrong_accept_rule_differs(tmp_path, narrow, monkeypatch):
+def test_wrong_accept_rule_differs(exact, alone, narrow, monkeypatch):
     """Broken: every draft is accepted."""
-    model = build(tmp_path, BATCH_INVARIANT, FP32)
-    monkeypatch.setattr(generate, "agreement", lambda draft, drawn: len(draft))
-    engine = speculating(model, "lookup", 1, 4)
-    assert {i: tokens for i, (tokens, _) in answers(engine, REQUESTS).items()} != {
-        i: tokens for i, (tokens, _) in plain(model, REQUESTS).items()
-    }
+    want = {i: tokens for i, (tokens, _) in alone[FP32].items()}
+    engine = speculating(exact[FP32], "lookup", 1, 4)
+    monkeypatch.setattr(drafts, "agreement", lambda draft, drawn: len(draft))
+    assert tokens_of(engine, REQUESTS) != want
 
 
 @pytest.mark.parametrize("slots", [1, 3])
-def test_the_model_as_its_own_draft(tmp_path, slots):
+def test_the_model_as_its_own_draft(exact, slots):
     """Every draft is accepted: k + 1 tokens a round."""
-    model, k = build(tmp_path, BATCH_INVARIANT, BF16), 4
-    requests = [repeating(i, LENGTHS[i], 1 + 3 * (k + 1), **OPTIONS[i % 4]) for i in range(3)]
-    engine = speculating(model, "model", slots, k)
-    assert answers(engine, requests) == plain(model, requests)
-    assert engine.accept_counts == [0] * k + [9]
+    model, k = exact[BF16][0], 4
+    requests = [repeating(i, LENGTHS[i], 1 + 3 * (k + 1), **OPTIONS[i]) for i in range(3)]
+    engine = speculating((model, model), "model", slots, k)
+    assert answers(engine, requests) == answers(plain(model), requests)
+    assert engine.stats.accept_counts == [0] * k + [9]
 
 
-def test_greedy_fp32_tokens_without_the_flag(tmp_path, narrow):
-    """As vLLM's n-gram speculation once failed to: greedy text is the same at 1 and at k + 1 tokens a pass."""
-    model, requests = build(tmp_path, FAST, FP32), [replace(r, temperature=0.0) for r in REQUESTS]
-    want = {i: tokens for i, (tokens, _) in plain(model, requests).items()}
-    for kind, slots in itertools.product(("lookup", "model"), (1, 5)):
-        found = answers(speculating(model, kind, slots, 4, draft=blurred(model)), requests)
-        assert {i: tokens for i, (tokens, _) in found.items()} == want
-
-
-def test_prompts_of_twenty_lengths(tmp_path, narrow):
-    model = build(tmp_path, BATCH_INVARIANT, FP32)
-    requests = [repeating(i, 1 + 7 * i, 9, **OPTIONS[i % 4]) for i in range(20)]
-    for kind, slots in itertools.product(("lookup", "model"), (1, 6)):
-        assert answers(speculating(model, kind, slots, 5, draft=blurred(model)), requests) == plain(model, requests)
+def test_greedy_fp32_tokens_without_the_flag(fast, narrow):
+    """As vLLM's n-gram speculation once failed to: greedy text is the same at 1 and at k + 1 tokens
+    a pass."""
+    requests = [replace(request, temperature=0.0) for request in REQUESTS]
+    want = tokens_of(plain(fast[0]), requests)
+    for kind, slots in itertools.product(KINDS, (1, 5)):
+        assert tokens_of(speculating(fast, kind, slots, 4), requests) == want
 
 
 # ---- the distribution
 
 
+FIRST = torch.tensor([1, 2, 3, 4]) / 10
+SECOND = torch.tensor([[7, 1, 1, 1], [2, 2, 2, 4], [1, 5, 3, 1], [4, 3, 2, 1]]) / 10
+LAW = (FIRST[:, None] * SECOND).flatten().tolist()  # of pairs
+
+
 class Pairs:
-    """A model of a first and a second token over a vocabulary of 4, whatever came before the first."""
+    """A model of pairs of tokens over a vocabulary of 4: at odd positions the first of a pair,
+    whatever came before, and then a second by that."""
 
-    FIRST, SECOND = (
-        torch.tensor([0.1, 0.2, 0.3, 0.4]),
-        torch.tensor([[7, 1, 1, 1], [2, 2, 2, 4], [1, 5, 3, 1], [4, 3, 2, 1]]),
-    )
+    config = None
+    device = CPU
+    ops = FAST
+    graphed = False
+    table = torch.cat([FIRST[None], SECOND]).log()
+
+    def new_cache(self, batch_size, length):
+        return []
+
+    def __call__(self, tokens_BT, pos_BT, cache, end, last=False, decode=False):
+        makes_a_first = pos_BT % 2 == 0
+        return self.table[torch.where(makes_a_first, 0, tokens_BT + 1)]
 
 
-def law():
-    first, second = Pairs.FIRST, Pairs.SECOND / 10
-    return (first[:, None] * second).flatten().tolist()
+class Guesses:
+    """Drafts of two tokens that know nothing."""
+
+    k = 2
+
+    def propose(self, slots, sampler):
+        return [self.guess(completion) for completion in slots]
+
+    def guess(self, completion):
+        if completion is None:
+            return [0, 0]
+        number = completion.request.seed + len(completion.ids)
+        return [number % 4, number // 4 % 4]
 
 
-def pairs(seeds=20000):
-    """How often each pair of tokens came, over seeds; the second token was drafted along with the first."""
-    table = torch.cat([Pairs.FIRST[None], Pairs.SECOND / 10]).log()
-
-    class Model:
-        config, device, ops, graphed = None, CPU, FAST, False
-
-        def new_cache(self, batch_size, length):
-            return []
-
-        def __call__(self, tokens_BT, pos_BT, cache, end, last=False, decode=False):
-            # The prompt is one token 0 at position 0; the token at position 1 is always 0 as well.
-            rows = torch.where(pos_BT == 1, 0, tokens_BT + 1)
-            logits = table[torch.where(pos_BT == 0, 1, rows)]
-            return torch.where((pos_BT == 0)[..., None], torch.tensor([0.0, -99, -99, -99]), logits)
-
-    propose = lambda slots, sampler, k: [[seed % 4, 0] for seed in (c.request.seed if c else 0 for c in slots)]
-    propose.pays = 0
-    engine = Engine(Model(), Tokenizer(None), 200, 8, propose=propose, k=2)
-    requests = [Request(i, "", [0], max_new_tokens=3, temperature=1.0, seed=i) for i in range(seeds)]
-    drawn = [c.tokens for c, _ in engine.generate(requests) if c.finish_reason]
-    assert sum(engine.accept_counts[1:]) > 0 and engine.accept_counts[0] > 0
-    return torch.tensor([4 * a + b for _, a, b in drawn]).bincount(minlength=16).tolist()
+def pairs(seeds=1000, each=20):
+    """How often each pair of tokens came; a draft is for a first or for a second."""
+    engine = Engine(Pairs(), Tokenizer(None), 200, 2 * each + 1, drafter=Guesses())
+    requests = []
+    for seed in range(seeds):
+        options = {"max_new_tokens": 2 * each, "temperature": 1.0, "seed": seed}
+        requests.append(Request(seed, "", [0], **options))
+    found = tokens_of(engine, requests)
+    assert len(found) == seeds
+    assert min(engine.stats.accept_counts) > 0
+    a_b = torch.tensor(list(found.values())).view(-1, 2)
+    return (4 * a_b[:, 0] + a_b[:, 1]).bincount(minlength=16).tolist()
 
 
 def test_distribution():
-    assert fits(pairs(), law())
+    found = pairs()
+    assert sum(found) == 20_000
+    assert fits(found, LAW)
 
 
 def test_wrong_accept_rule_fails(monkeypatch):
     """Broken: a draft also passes where the model draws the token next to it."""
-    near = lambda a, b: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if abs(x - y) > 1), len(a))
 
     def wrong(draft, drawn):
-        n = near(draft, drawn)
-        drawn[:n] = draft[:n]
-        return n
+        count = 0
+        while count < len(draft) and abs(draft[count] - drawn[count]) <= 1:
+            count += 1
+        drawn[:count] = draft[:count]
+        return count
 
-    monkeypatch.setattr(generate, "agreement", wrong)
-    assert not fits(pairs(), law())
+    monkeypatch.setattr(drafts, "agreement", wrong)
+    assert not fits(pairs(), LAW)
 
 
-# ---- drafts
+# ---- what is drafted
 
 
 class Text:
-    """What prompt_lookup reads of a completion."""
+    """What PromptLookup reads of a completion."""
 
     def __init__(self, *ids):
         self.ids = list(ids)
 
 
-@pytest.mark.parametrize(
-    "ids, drafts",
-    [
-        ([1, 2, 3, 4, 1, 2], [3, 4, 1, 2]),
-        ([1, 2, 3, 1, 2, 4, 9, 1, 2], [4, 9, 1, 2]),  # the last place
-        ([1, 2, 3, 5, 6, 9, 2, 3, 7, 1, 2, 3], [5, 6, 9, 2]),  # the longest match
-        ([5, 5, 5], [5, 5, 5, 5]),  # what was drafted is text as well
-        ([1, 2, 1, 2], [1, 2, 1, 2]),
-        ([1, 2, 3, 4], None),
-        ([0, 0], None),
-        ([7], None),
-        ([151935, 55296, 1, 151935, 55296], [1, 151935, 55296, 1]),  # a surrogate is an id like others
-    ],
-)
-def test_lookup(ids, drafts):
+LOOKUPS = {
+    "what followed": ([1, 2, 3, 4, 1, 2], [3, 4, 1, 2]),
+    "the last place": ([1, 2, 3, 1, 2, 4, 9, 1, 2], [4, 9, 1, 2]),
+    "the longest match": ([1, 2, 3, 5, 6, 9, 2, 3, 7, 1, 2, 3], [5, 6, 9, 2]),
+    "what was drafted is text as well": ([5, 5, 5], [5, 5, 5, 5]),
+    "two in turns": ([1, 2, 1, 2], [1, 2, 1, 2]),
+    "nothing": ([1, 2, 3, 4], None),
+    "too short": ([0, 0], None),
+    "one token": ([7], None),
+    "a surrogate is an id like others": ([151935, 55296, 1] * 2, [151935, 55296, 1, 151935]),
+}
+
+
+@pytest.mark.parametrize("ids, expected", LOOKUPS.values(), ids=LOOKUPS)
+def test_lookup(ids, expected):
     text = Text(*ids)
-    assert prompt_lookup([text], None, 4) == (drafts and [drafts])
-    assert text.ids[len(ids) :] in ([], drafts)
+    assert PromptLookup(4).propose([text], None) == (expected and [expected])
+    assert text.ids == ids
 
 
 def test_lookup_needs_half_of_the_batch():
-    found, none = Text(1, 2, 3, 1, 2), Text(1, 2, 3, 4)
-    assert prompt_lookup([found, none, None], None, 2) == [[3, 1], [0, 0], [0, 0]]
-    assert prompt_lookup([found, none, none, None], None, 2) is None
+    found = Text(1, 2, 3, 1, 2)
+    none = Text(1, 2, 3, 4)
+    lookup = PromptLookup(2)
+    assert lookup.propose([found, none, None], None) == [[3, 1], [0, 0], [0, 0]]
+    assert lookup.propose([found, none, none, None], None) is None
 
 
-def test_pauses_where_drafts_do_not_pay(tmp_path):
-    """Wrong drafts are proposed less and less; right ones each time."""
-    model, asked = build(tmp_path, FAST, FP32), []
-
-    def wrong(slots, sampler, k):
-        asked.append(len(slots[0].tokens))
-        return [[299] * k]
-
-    wrong.pays = 1
-    list(Engine(model, Tokenizer(None), 1, ROOM, propose=wrong, k=3).generate([repeating(0, 3, 130)]))
-    gaps = [b - a for a, b in itertools.pairwise(asked)]
-    assert gaps == sorted(gaps) and gaps[0] == 1 and gaps[-1] >= 32 and len(asked) <= 10
+def test_a_draft_of_a_short_context_stops(exact):
+    """Beyond the context of the draft model the model goes on alone."""
+    model = exact[FP32][0]
+    small = blurred(model, amount=0)
+    small.config = replace(small.config, max_position_embeddings=30)
+    requests = [repeating(0, 10, 60, temperature=0.0)]
+    engine = speculating((model, small), "model", 1, 4)
+    assert answers(engine, requests) == answers(plain(model), requests)
+    assert 3 <= sum(engine.stats.accept_counts) <= 5
 
 
-def test_drafts_pause_by_what_a_round_costs(tmp_path):
-    """Three tokens a round pay where it takes as long as two steps, not where it takes as long as six: such drafts
-    cost nothing, so that they are compared with what comes before any is checked."""
-    model, asked = build(tmp_path, BATCH_INVARIANT, FP32), [repeating(0, 3, 130)]
-    want = plain(model, asked)
+# ---- whether it pays
+
+
+def drafting_rounds(pauses, accepted, rounds):
+    """The numbers of the rounds that draft, where each of them accepts so many in each slot."""
+    found = []
+    for number in range(rounds):
+        if not pauses.now():
+            found.append(number)
+            pauses.record(accepted)
+    return found
+
+
+def test_pauses_double_up_to_64_rounds():
+    rounds = drafting_rounds(Pauses(pays=2), [1], 300)
+    lengths = [after - before - 1 for before, after in itertools.pairwise(rounds)]
+    assert rounds[0] == 0
+    assert lengths == [1, 2, 4, 8, 16, 32, 64, 64, 64]
+
+
+def test_a_round_that_pays_ends_the_doubling():
+    pauses = Pauses(pays=2)
+    drafting_rounds(pauses, [1], 37)
+    # Now a pause of 32 rounds begins.
+    assert drafting_rounds(pauses, [2], 35) == [32, 33, 34]
+    assert drafting_rounds(pauses, [1], 10) == [0, 2, 5]
+
+
+@pytest.mark.parametrize("pays, accepted", [(0, [0]), (2, [2]), (2, [0, 2, 3]), (1.5, [2, 2, 0])])
+def test_no_pause_where_most_slots_accept_enough(pays, accepted):
+    assert drafting_rounds(Pauses(pays), accepted, 5) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("pays, accepted", [(1, [0]), (2.5, [2]), (2, [9, 1, 0])])
+def test_pause_where_most_slots_accept_too_few(pays, accepted):
+    assert drafting_rounds(Pauses(pays), accepted, 5) == [0, 2]
+
+
+def test_drafts_pause_by_what_a_round_needs(exact):
+    """Of three drafts, two are accepted each time: every round drafts where that is enough, and few
+    do where it is not. The answer is the same."""
+    model = exact[FP32][0]
+    requests = [repeating(0, 3, 130)]
+    want = answers(plain(model), requests)
 
     def rounds(pays):
-        engine = Engine(model, Tokenizer(None), 1, ROOM, propose=lambda *args: half_right(*args), k=3)
-        half_right, engine.pays = HalfRight(want), pays
-        assert answers(engine, asked) == want
-        return sum(engine.accept_counts)
+        engine = Engine(model, Tokenizer(None), 1, ROOM, drafter=HalfRight(want, 3))
+        engine.pauses = Pauses(pays)
+        assert answers(engine, requests) == want
+        return sum(engine.stats.accept_counts)
 
-    assert rounds(1.0) >= 40
-    assert rounds(5.0) == 0
-
-
-def test_a_draft_of_a_short_context_stops(tmp_path):
-    """Beyond the context of the draft model the model goes on alone."""
-    model = build(tmp_path, BATCH_INVARIANT, FP32)
-    draft = build(tmp_path, BATCH_INVARIANT, FP32)
-    draft.config = replace(draft.config, context=30)
-    requests = [repeating(0, 10, 60, temperature=0.0)]
-    engine = speculating(model, "model", 1, 4, draft=draft)
-    assert answers(engine, requests) == plain(model, requests)
-    assert 3 <= sum(engine.accept_counts) <= 5
+    assert rounds(2) >= 40
+    assert 2 <= rounds(2.1) <= 7
 
 
 # ---- ends inside a round
@@ -290,54 +379,60 @@ def tiny(tmp_path_factory):
     return load(write_checkpoint(tmp_path_factory.mktemp("tiny")))
 
 
-def both(tiny, requests, k=5, room=ROOM):
-    """Completions without and with speculation by the model itself, which accepts each draft."""
+ENDLESS = Request(0, "", [9, 20, 30], max_new_tokens=30, temperature=0.0, ignore_eos=True)
+
+
+def complete(engine, request):
+    for completion, _ in engine.generate([request]):
+        if completion.finish_reason:
+            return completion
+
+
+def assert_alike(tiny, request, room=ROOM, k=5):
+    """The completion without speculation, which is the same with speculation by the model itself,
+    which accepts each draft."""
     model, tokenizer = tiny
-    engine = Engine(model, tokenizer, 1, room)
-    drafts = DraftModel(Engine(model, tokenizer, 1, room, k=k), k)
-    fast = Engine(model, tokenizer, 1, room, propose=drafts, k=k)
-    return [[c for c, _ in e.generate(requests) if c.finish_reason] for e in (engine, fast)]
+    drafter = DraftModel(Engine(model, tokenizer, 1, room + k), k)
+    want = complete(Engine(model, tokenizer, 1, room), request)
+    found = complete(Engine(model, tokenizer, 1, room, drafter=drafter), request)
+    assert found.tokens == want.tokens
+    assert found.text == want.text
+    assert found.finish_reason == want.finish_reason
+    return want
 
 
-def alike(a, b):
-    return (a.tokens, a.text, a.finish_reason) == (b.tokens, b.text, b.finish_reason)
+def test_max_new_tokens_inside_a_round(tiny):
+    for new in range(1, 14):
+        found = assert_alike(tiny, replace(ENDLESS, max_new_tokens=new))
+        assert len(found.tokens) == new
 
 
-@pytest.mark.parametrize("new", range(1, 14))
-def test_max_new_tokens_inside_a_round(tiny, new):
-    (want,), (found,) = both(tiny, [Request(0, "", [9, 20, 30], max_new_tokens=new, temperature=0.0, ignore_eos=True)])
-    assert alike(want, found) and len(found.tokens) == new
-
-
-def test_end_token_inside_a_round(tiny):
-    model, tokenizer = tiny
-    (want,), _ = both(tiny, [Request(0, "", [9, 20, 30], max_new_tokens=30, temperature=0.0, ignore_eos=True)])
-    ends = {}
-    for i, token in enumerate(want.tokens):
-        ends.setdefault(token, i)
-    for token, i in list(ends.items())[:12]:
-        tokenizer.eos_ids, before = {token}, tokenizer.eos_ids
-        (short,), (found,) = both(tiny, [Request(0, "", [9, 20, 30], max_new_tokens=30, temperature=0.0)])
-        tokenizer.eos_ids = before
-        assert alike(short, found) and found.finish_reason == "stop" and len(found.tokens) == i + 1
+def test_end_token_inside_a_round(tiny, monkeypatch):
+    _, tokenizer = tiny
+    firsts = {}
+    for i, token in enumerate(assert_alike(tiny, ENDLESS).tokens):
+        firsts.setdefault(token, i)
+    for token, i in list(firsts.items())[:12]:
+        monkeypatch.setattr(tokenizer, "eos_ids", {token})
+        found = assert_alike(tiny, replace(ENDLESS, ignore_eos=False))
+        assert found.finish_reason == "stop" and len(found.tokens) == i + 1
 
 
 def test_stop_string_across_a_round(tiny):
-    (want,), _ = both(tiny, [Request(0, "", [9, 20, 30], max_new_tokens=30, temperature=0.0, ignore_eos=True)])
-    for start in range(0, len(want.text) - 3, 3):
-        stop = (want.text[start : start + 3],)
-        request = Request(0, "", [9, 20, 30], max_new_tokens=30, temperature=0.0, ignore_eos=True, stop=stop)
-        (short,), (found,) = both(tiny, [request])
-        assert alike(short, found) and found.finish_reason == "stop" and stop[0] not in found.text
+    text = assert_alike(tiny, ENDLESS).text
+    for start in range(0, len(text) - 3, 3):
+        stop = text[start : start + 3]
+        found = assert_alike(tiny, replace(ENDLESS, stop=(stop,)))
+        assert found.finish_reason == "stop" and stop not in found.text
 
 
 def test_context_ends_inside_a_round(tiny):
-    context = tiny[0].config.context
+    context = tiny[0].config.max_position_embeddings
     for room in range(1, 9):
-        ids = [9 + i % 90 for i in range(context - room)]
-        request = Request(0, "", ids, max_new_tokens=room, temperature=0.0, ignore_eos=True)
-        (want,), (found,) = both(tiny, [request], room=context)
-        assert alike(want, found) and len(found.tokens) == room
+        ids = random_ids(context - room, 0)
+        request = replace(ENDLESS, prompt_ids=ids, max_new_tokens=room)
+        found = assert_alike(tiny, request, room=context)
+        assert len(found.tokens) == room
 
 
 # ---- the command line
@@ -351,58 +446,75 @@ def lines(capsys, *flags):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A model, a draft for it, one of another vocabulary, and one of another number of ids."""
-    made = [write_checkpoint(tmp_path_factory.mktemp("m")), write_checkpoint(tmp_path_factory.mktemp("d"), seed=0)]
-    made += [write_checkpoint(tmp_path_factory.mktemp("other"))]
-    path = made[2] / "tokenizer.json"
+    """A model, a draft for it that is right now and then, and one of another vocabulary."""
+    model, draft, other = (tmp_path_factory.mktemp(name) for name in ("model", "draft", "other"))
+    for folder in (model, draft, other):
+        write_checkpoint(folder, num_hidden_layers=1)
+    weights = load_file(draft / "model.safetensors")
+    for i, (name, weight) in enumerate(weights.items()):
+        weights[name] = weight + 0.01 * randn(*weight.shape, seed=i)
+    save_file(weights, draft / "model.safetensors")
+    path = other / "tokenizer.json"
     path.write_text(path.read_text().replace('"<|end|>"', '"<|fin|>"'))
-    return made
+    return model, draft, other
 
 
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_flags(folders, capsys, temperature):
-    flags = [
-        "--checkpoint_path",
-        folders[0],
-        "--prompt",
-        "a b a b a b",
-        "--prompt",
-        "one",
-        "--temperature",
-        temperature,
-    ]
+    flags = ["--checkpoint_path", folders[0], "--temperature", temperature]
+    flags += ["--prompt", "a b a b a b", "--prompt", "one"]
     want, counts = lines(capsys, *flags)
     assert counts == []
     draft = ["--draft_checkpoint_path", folders[1], "--speculate_k", 3]
     found, counts = lines(capsys, *flags, *draft)
     assert found == want and len(counts) == 4 and counts[3] > 0
     found, counts = lines(capsys, *flags, *draft, "--batch_size", 2, "--prefill_chunk", 2)
-    assert sorted(found, key=lambda c: c["id"]) == want and counts[3] > 0
+    assert sorted(found, key=lambda line: line["id"]) == want and counts[3] > 0
     found, counts = lines(capsys, *flags, "--prompt_lookup")
     assert found == want and len(counts) == 6
+
+
+@pytest.mark.parametrize("kind, pays", [("lookup", 2.5), ("model", 2)])
+def test_what_pays(folders, monkeypatch, kind, pays):
+    """Drafts that cost nothing have to make up for what a round takes longer than a step, as it is
+    measured; of a model's drafts half have to be accepted."""
+    flags = ["--checkpoint_path", str(folders[0]), "--speculate_k", "4"]
+    if kind == "lookup":
+        flags += ["--prompt_lookup"]
+    else:
+        flags += ["--draft_checkpoint_path", str(folders[1])]
+    args = cli.parse_args(flags)
+    monkeypatch.setattr(generate, "warm_up", lambda engine, row: (0.02, 0.07))
+    engine = generate.build(args, *generate.load(args), length=64)
+    assert engine.k == 4 and engine.pauses.pays == pytest.approx(pays)
 
 
 REFUSED = {
     "speculate_k": (["--prompt_lookup", "--speculate_k", "0"], "speculate_k 0"),
     "both": (["--prompt_lookup", "--draft_checkpoint_path", "x"], "excludes"),
     "no directory": (["--draft_checkpoint_path", "nowhere"], "nowhere"),
-    "vocabulary": (["--draft_checkpoint_path", 2], "vocabulary"),
+    "vocabulary": (["--draft_checkpoint_path", "OTHER"], "vocabulary"),
 }
 
 
 @pytest.mark.parametrize("flags, word", REFUSED.values(), ids=REFUSED)
 def test_refused(folders, flags, word):
-    flags = [str(folders[flag]) if flag == 2 else flag for flag in flags]
-    with pytest.raises(generate.InputError, match=word):
+    flags = [flag.replace("OTHER", str(folders[2])) for flag in flags]
+    with pytest.raises(Refusal, match=word):
         generate.main(["--checkpoint_path", str(folders[0]), "--prompt", "a", *flags])
 
 
 @needs_compiler
 def test_compiled(folders, capsys):
-    """One graph for each number of tokens a row: nothing compiles after the warm-up."""
-    flags = ["--checkpoint_path", folders[0], "--prompt", "a b a b a b", "--prompt", "one two three"]
+    """A draft and its model, of one shape, in one process: each computes with its own weights, so
+    that some drafts are accepted and others are not, and the answers are those of the model."""
+    flags = ["--checkpoint_path", folders[0], "--temperature", 0]
+    flags += ["--prompt", "a b a b a b", "--prompt", "one two three"]
     want, _ = lines(capsys, *flags)
+    draft = ["--draft_checkpoint_path", folders[1], "--speculate_k", 2]
+    _, eager_counts = lines(capsys, *flags, *draft)
     torch._dynamo.reset()
-    found, counts = lines(capsys, *flags, "--compile", "--draft_checkpoint_path", folders[1], "--speculate_k", 2)
+    found, counts = lines(capsys, *flags, *draft, "--compile")
     torch._dynamo.reset()
-    assert found == want and counts[2] > 0
+    assert found == want
+    assert counts == eager_counts and counts[0] > 0 and counts[2] > 0

@@ -6,21 +6,41 @@ from pathlib import Path
 import torch
 
 import generate
+from scripts.cli import parse_args
 
-CONFIG = {"architectures": ["MistralForCausalLM"], "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-CONFIG |= {"num_key_value_heads": 2, "intermediate_size": 128, "vocab_size": 300, "sliding_window": 24}
-CONFIG |= {"max_position_embeddings": 256, "tie_word_embeddings": False}
+CONFIG = {
+    "architectures": ["MistralForCausalLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 300,
+    "sliding_window": 24,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+FLAGS = ["--random_weights", "config.json", "--device", "cpu", "--precision", "fp32"]
+LENGTH = 80
+
 Path("config.json").write_text(json.dumps(CONFIG))
-flags = ["--random_weights", "config.json", "--device", "cpu", "--precision", "fp32", "--deterministic"]
-model, tokenizer = generate.load(generate.parse_args(flags))
-ids = torch.randint(300, (80,), generator=torch.Generator().manual_seed(0)).tolist()
+model, tokenizer = generate.load(parse_args([*FLAGS, "--deterministic"]))
+generator = torch.Generator().manual_seed(0)
+ids = torch.randint(300, (LENGTH,), generator=generator).tolist()
 
 
 @torch.inference_mode()
-def last(ids, chunk=0):
-    return generate.Engine(model, tokenizer, 1, 80, chunk).prefill(ids, 0)
+def last_logits(ids, chunk=0):
+    engine = generate.Engine(model, tokenizer, 1, LENGTH, prefill_chunk=chunk)
+    return engine.prefill(ids, 0)
 
 
-sees = lambda i: not torch.equal(last(ids[:i] + [ids[i] ^ 1] + ids[i + 1 :]), last(ids))
-assert [i for i in range(80) if sees(i)] == [0, 1, 2, 3, *range(56, 80)]
-assert all(torch.equal(last(ids, chunk), last(ids)) for chunk in (1, 7, 64))
+want = last_logits(ids)
+seen = []
+for i in range(LENGTH):
+    others = [*ids[:i], ids[i] ^ 1, *ids[i + 1 :]]
+    if not torch.equal(last_logits(others), want):
+        seen.append(i)
+assert seen == [0, 1, 2, 3, *range(56, LENGTH)]
+for chunk in (1, 7, 64):
+    assert torch.equal(last_logits(ids, chunk), want)

@@ -1,17 +1,19 @@
-"""Draws of one token from known logits: all that is likely enough, nothing else; 0 keeps what it was."""
+"""Draws of one token from known logits: all that is likely enough, nothing else; 0 keeps what it
+was."""
 
 import torch
 
-from generate import Request, Sampler
+from scripts.requests import Request
+from scripts.sampler import Sampler
 
 logits_NV = torch.tensor([3.0, 1.0, 2.5, 0.0, 2.0]).expand(2000, -1)
-positions = torch.arange(2000)
+pos_N = torch.arange(2000)
 
 
 def drawn(**settings):
-    return set(
-        Sampler([Request(0, "", [], temperature=1.0, **settings)], torch.device("cpu"))(logits_NV, positions).tolist()
-    )
+    request = Request(0, "", [], temperature=1.0, **settings)
+    sampler = Sampler([request], torch.device("cpu"))
+    return set(sampler(logits_NV, pos_N, sampler.settings).tolist())
 
 
 assert drawn() == drawn(min_p=0.0) == {0, 1, 2, 3, 4}

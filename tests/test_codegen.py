@@ -1,0 +1,67 @@
+"""The code that Triton and Inductor make of the GPU path for cards that need not be there."""
+
+import collections
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+
+
+@functools.cache
+def rows_of(script, *cards):
+    """{card: the rows that a script of this folder prints of it}, in a process of its own, where
+    nothing is interpreted."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(HERE.parent)
+    command = [sys.executable, str(HERE / script), *map(str, cards)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = collections.defaultdict(list)
+    for line in done.stdout.splitlines():
+        card, *row = line.split("|")
+        rows[int(card)].append(row)
+    return rows
+
+
+@pytest.mark.parametrize("card", [89, 90])
+def test_kernels_compile_for_real_cards(card):
+    """For an L4 and an H100: they fit the shared memory of the smallest, what a product reads is on
+    its way before it is wanted, and at every number of rows it is added by one kind of instruction
+    in one order of k."""
+    rows = rows_of("compile_triton.py", 89, 90)[card]
+    assert len(rows) == (4 * 3 + 2 * 3 if card == 89 else 3 * 3 + 3)  # fp32 for one of them
+    widths = collections.defaultdict(set)
+    for kernel, name, which, shared, ahead, late, kinds, width in rows:
+        assert int(shared) <= 99 << 10, (kernel, name, which, shared)
+        if kernel == "linear" and name != "fp32":  # which has no such instructions
+            assert int(ahead) > 0 and int(late) == 0, (name, which, ahead, late)
+            want = "wgmma.mma_async k16" if card == 90 else "mma k16"
+            assert kinds == want, (name, which, kinds)
+            widths[name].add(int(width))
+    # Before Hopper a thread reads 4 numbers at once: k is permuted within 32, at every M alike.
+    quantized = {2} if card == 90 else {4}
+    assert widths == {"bf16": {2}, "int8": quantized, "int4": quantized}
+
+
+@pytest.mark.parametrize("card", [80, 89, 90])
+def test_compiled_code_divides_and_rounds_as_eager_code_does(card):
+    """Eager code divides exactly and rounds each product. The negative controls are the settings
+    left out."""
+    divisions = collections.defaultdict(list)
+    fused = collections.Counter()
+    kernels = collections.Counter()
+    for setting, _, kinds, count in rows_of("compile_inductor.py", 80, 89, 90)[card]:
+        kernels[setting] += 1
+        fused[setting] += int(count)
+        if kinds:
+            divisions[setting].append(kinds)
+    assert set(kernels.values()) == {kernels["exact"]}
+    assert divisions["exact"] == ["div.rn.f32"] and fused["exact"] == 0
+    assert divisions["without division"] == ["div.full.f32"]
+    assert fused["without casts"] > 0
