@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Everything that a CUDA device can show, what matters most first: its memory, the bits, the logits, the speed.
+# Everything that a CUDA device can show, what matters most first: its memory, the bits, the logits,
+# the speed.
 #
-#     bash scripts/gpu.sh [--minutes N] [FOLDER [STEP...]]     all steps, or those named, into FOLDER (gpu-results)
-#     bash scripts/gpu.sh --dry-run [FOLDER [STEP...]]         all of them on a CPU, small: whether the steps work
+#     bash scripts/gpu.sh [--minutes N] [FOLDER [STEP...]]   all steps, or those named
+#     bash scripts/gpu.sh --dry-run [FOLDER [STEP...]]       small, on a CPU: whether the steps work
 #
-# A step is one command under a time limit of its own, and none depends on another. FOLDER gets a log of each, lines of
-# JSON, and results.jsonl, which tells how each ended. A rerun goes on with the steps that have not ended well. With
-# --minutes, a step that would begin later waits for that: all of them take two calls with --minutes 9.
+# A step is one command under a time limit of its own, and none depends on another. FOLDER
+# (gpu-results) gets a log of each, lines of JSON, and results.jsonl, which tells how each ended. A
+# rerun goes on with the steps that have not ended well. With --minutes, a step that would begin
+# later waits for that: all of them take two calls with --minutes 9.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -49,9 +51,10 @@ else
     precision=bf16 dim=1024 layers=4 heads=16 kv=8 ffn=2816 vocab=32768
 fi
 cat >"$out/small.json" <<END
-{"architectures": ["LlamaForCausalLM"], "hidden_size": $dim, "intermediate_size": $ffn, "vocab_size": $vocab,
- "num_hidden_layers": $layers, "num_attention_heads": $heads, "num_key_value_heads": $kv, "head_dim": 64,
- "max_position_embeddings": 2700, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": false}
+{"architectures": ["LlamaForCausalLM"], "num_hidden_layers": $layers, "hidden_size": $dim,
+ "num_attention_heads": $heads, "num_key_value_heads": $kv, "head_dim": 64,
+ "intermediate_size": $ffn, "vocab_size": $vocab, "max_position_embeddings": 2700,
+ "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": false}
 END
 small=(--device "$device" --random_weights "$out/small.json")
 large=(--device "$device" --random_weights scripts/configs/Llama-3.1-8B.json)
@@ -59,9 +62,15 @@ large=(--device "$device" --random_weights scripts/configs/Llama-3.1-8B.json)
 
 record() { # name, how it ended, seconds: a line of JSON, with the last line that the step printed
     local last
-    last="$(tail -n 1 "$out/$1.log" 2>/dev/null | tr -d '"\\' | tr '|' ' ' | tr -cd '[:print:]' | cut -c 1-110)"
-    printf '{"step": "%s", "ended": "%s", "seconds": %d, "last": "%s"}\n' "$1" "$2" "$3" "$last" >>"$out/results.jsonl"
+    last="$(tail -n 1 "$out/$1.log" 2>/dev/null | tr -d '"\\' | tr '|' ' ' | tr -cd '[:print:]')"
+    last="${last:0:110}"
+    printf '{"step": "%s", "ended": "%s", "seconds": %d, "last": "%s"}\n' "$1" "$2" "$3" "$last" \
+        >>"$out/results.jsonl"
     printf '%-14s %-9s %4d s  %s\n' "$1" "$2" "$3" "$last"
+}
+
+left() { # how many seconds there are for a step that begins now
+    echo $((${minutes:-1000} * 60 - SECONDS))
 }
 
 wanted() { # name: whether it is among the chosen steps and has not ended well before
@@ -75,23 +84,21 @@ wanted() { # name: whether it is among the chosen steps and has not ended well b
 }
 
 step() { # name, limit in seconds, command...
-    local name="$1" limit="$2" began=$SECONDS status left
+    local name="$1" limit="$2" rest began=$SECONDS status
     wanted "$name" || return 0
-    [ -n "$dry" ] && limit=$((4 * limit)) # the machine may have other things to do
-    if [ -n "$minutes" ]; then
-        left=$((minutes * 60 - SECONDS))
-        if [ "$left" -lt 20 ]; then
-            record "$name" waits 0
-            return
-        fi
-        limit=$((limit < left ? limit : left))
+    rest="$(left)"
+    if [ "$rest" -lt 20 ]; then
+        record "$name" waits 0
+        return
     fi
+    limit=$((limit < rest ? limit : rest))
     rm -f "$out/$name.jsonl" # of a try that did not end well
     timeout --kill-after 5 "$limit" "${@:3}" >"$out/$name.log" 2>&1
     status=$?
-    # On some CPU a control may do no harm. In a dry run it counts that nothing differs with the flag.
+    # On some CPU a control may do no harm. In a dry run it counts that with the flag, the last
+    # column of a promise, nothing differs.
     if [ -n "$dry" ] && [[ "$name" == verify-* ]] && grep -q "rule broken" "$out/$name.log"; then
-        grep -Eq '^\| [CN].*\| [1-9][0-9]* of [^|]*\|$' "$out/$name.log" || status=0
+        grep -Eq '^\| C[0-9].*\| [1-9][0-9]* of [^|]*\|$' "$out/$name.log" || status=0
     fi
     if [ "$status" -eq 0 ]; then
         touch "$out/$name.done"
@@ -110,32 +117,37 @@ also() { # the same, beside other steps
     step "$@" &
 }
 
-ask() { # name, limit, processes that torchrun starts or 0, flags...: a question to tests/card.py, beside other steps
-    local name="$1" limit="$2" processes="$3" how=()
-    [ "$processes" -eq 0 ] || how=(-m torch.distributed.run --standalone --nproc_per_node "$processes")
-    also "$name" "$limit" "$python" "${how[@]}" tests/card.py --what "$name" --output "$out/$name.jsonl" "${@:4}"
+ask() { # name, limit, processes that torchrun starts or 0, flags...: a question to tests/card.py
+    local name="$1" limit="$2" processes="$3" command=("$python")
+    [ "$processes" -eq 0 ] ||
+        command+=(-m torch.distributed.run --standalone --nproc_per_node "$processes")
+    command+=(tests/card.py --what "$name" --output "$out/$name.jsonl" "${@:4}")
+    also "$name" "$limit" "${command[@]}"
 }
 
-tests() { # the tests of the kernels, dealt out to several processes; of the interpreter's, a dry run takes some
-    local i ids some=()
+tests() { # those of the kernels, dealt out to several processes; of them a dry run takes some
+    local i ids some=() files=(tests/test_gpu.py tests/test_triton.py)
     if ! "$python" -c 'import pytest' 2>"$out/tests.log"; then
         wanted tests && record tests "no pytest" 0
         return
     fi
     [ -n "$dry" ] && some=(-k "test_gpu or fp64 and not attention")
-    "$python" -m pytest -q --collect-only -m "" "${some[@]}" tests/test_gpu.py tests/test_triton.py >"$out/tests.log" 2>&1
+    [ "$(left)" -lt 20 ] ||
+        "$python" -m pytest -q --collect-only -m "" "${some[@]}" "${files[@]}" \
+            >"$out/tests.log" 2>&1
     for i in $(seq "$shards"); do
         mapfile -t ids < <(grep :: "$out/tests.log" | awk "NR % $shards == $i % $shards")
-        also "tests-$i" 200 "$python" -m pytest -q -m "" -p no:cacheprovider "${ids[@]:-nothing was collected}"
+        also "tests-$i" 200 "$python" -m pytest -q -m "" -p no:cacheprovider \
+            "${ids[@]:-nothing was collected}"
     done
 }
 
-speed() { # mode, batch, limit: the large shape, flag off and on, beside other steps that take turns to measure
+speed() { # mode, batch, limit: the large shape, flag off and on, beside others that take turns
     local mode="$1" batch="$2" name="speed-$2-$1" flags=(--contexts 128,2048,8192 --prompts 2048)
     [ -n "$dry" ] && batch=2 flags=(--contexts 16,40 --prompts 20 --runs 1)
     [ "$mode" = bf16 ] || flags+=(--quantize "$mode")
-    also "$name" "$3" "$python" scripts/bench.py "${large[@]}" --compile --deterministic --batches "$batch" \
-        "${flags[@]}" --lock "$out/lock" --output "$out/$name.jsonl"
+    also "$name" "$3" "$python" scripts/bench.py "${large[@]}" --compile --deterministic \
+        --batches "$batch" "${flags[@]}" --lock "$out/lock" --output "$out/$name.jsonl"
 }
 
 without_compiler() { # 1 or 0: a dry run compiles one model, which takes longer than all else
@@ -153,7 +165,8 @@ without_compiler 1
 for mode in bf16 int4; do
     flags=(--quantize "$mode")
     [ "$mode" = bf16 ] && flags=()
-    also "verify-$mode" 240 "$python" scripts/verify.py "${small[@]}" --precision "$precision" "${flags[@]}"
+    also "verify-$mode" 240 "$python" scripts/verify.py "${small[@]}" --precision "$precision" \
+        "${flags[@]}"
 done
 ask graph 90 1
 ask ranks 120 2 "${small[@]}"
@@ -174,7 +187,8 @@ for mode in bf16 int8 int4; do
 done
 wait
 
-# A second call gets here. One card does not hold three caches of 16 x 8192 tokens and the models twice.
+# A second call gets here. One card does not hold three caches of 16 x 8192 tokens and the models
+# twice.
 speed bf16 16 200
 speed int4 16 200
 wait
@@ -184,10 +198,12 @@ for mode in bf16 int8 int4; do
     flags=(--quantize "$mode")
     [ "$mode" = bf16 ] && flags=()
     trace="$out/trace-$mode.json"
-    step "trace-$mode" 120 "$python" generate.py "${large[@]}" "${flags[@]}" --compile --deterministic --prompt 128 \
-        --num_samples 8 --batch_size 8 --max_new_tokens 6 --ignore_eos --json --profile "$trace"
+    step "trace-$mode" 120 "$python" generate.py "${large[@]}" "${flags[@]}" --compile \
+        --deterministic --prompt 128 --num_samples 8 --batch_size 8 --max_new_tokens 6 \
+        --ignore_eos --json --profile "$trace"
     [ -e "$trace.gz" ] && [ ! -e "$trace" ] && gunzip "$trace.gz"
-    step "kernels-$mode" 60 "$python" tests/card.py --what trace --profile "$trace" --output "$out/kernels-$mode.jsonl"
+    step "kernels-$mode" 60 "$python" tests/card.py --what trace --profile "$trace" \
+        --output "$out/kernels-$mode.jsonl"
     [ -e "$trace" ] && gzip -f "$trace"
 done
 

@@ -111,16 +111,22 @@ def refuse(monkeypatch, capsys):
     return run
 
 
-def test_bad_input_as_a_process(tmp_path):
-    """Status 2, one line on standard error, nothing on standard output, nothing written. The same
-    with GPT_EXACT_DEBUG=1 is a traceback."""
+def close_standard_input():
+    os.close(0)
+
+
+def test_bad_input_as_a_process(tiny, tmp_path):
+    """Here, nothing to read: status 2, one line on standard error, nothing on standard output,
+    nothing written. With GPT_EXACT_DEBUG=1 it is a traceback."""
     output = tmp_path / "out.jsonl"
-    argv = ["--checkpoint_path", tmp_path / "nowhere", "--json", "--output", output]
-    done = command(*argv)
+    argv = ["--checkpoint_path", tiny, "--prompts_file", "-", "--json", "--output", output]
+    done = command(*argv, preexec_fn=close_standard_input)
     assert (done.returncode, done.stdout) == (2, "")
     assert is_one_line(done.stderr) and "Traceback" not in done.stderr
     assert not output.exists(), "nothing is written"
-    debugged = command(*argv, env=environment() | {"GPT_EXACT_DEBUG": "1"})
+
+    env = environment() | {"GPT_EXACT_DEBUG": "1"}
+    debugged = command(*argv, preexec_fn=close_standard_input, env=env)
     assert (debugged.returncode, debugged.stdout) == (1, "")
     assert debugged.stderr.startswith("Traceback") and 'generate.py", line' in debugged.stderr
     message = done.stderr.removeprefix("error: ")
@@ -410,16 +416,6 @@ def test_bad_prompts_file(refuse, tiny, tmp_path, content):
     path = tmp_path / "prompts.txt"
     path.write_bytes(content)
     assert "prompts.txt" in refuse("--checkpoint_path", tiny, "--prompts_file", path)
-
-
-def close_standard_input():
-    os.close(0)
-
-
-def test_closed_standard_input(tiny):
-    argv = ["--checkpoint_path", tiny, "--prompts_file", "-"]
-    done = command(*argv, preexec_fn=close_standard_input)
-    assert done.returncode == 2 and is_one_line(done.stderr)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -980,6 +976,12 @@ def test_interactive_as_a_process(tiny):
 # ---- the front door
 
 
+def fresh_process(code, *argv):
+    argv = [sys.executable, "-c", code, *argv]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+
+
 IMPORT = """
 import random, torch, torch._dynamo.config as dynamo, torch._inductor.config as inductor
 
@@ -995,13 +997,21 @@ before = settings()
 import generate
 assert settings() == before
 """
+RUN = """
+import sys, generate
+generate.main(sys.argv[1:])
+assert "torch._dynamo" not in sys.modules
+"""
 
 
 def test_import_changes_no_setting():
     """Importing generate.py leaves the process as it was: threads, precision, compiler."""
-    argv = [sys.executable, "-c", IMPORT]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
+    fresh_process(IMPORT)
+
+
+def test_a_run_imports_no_compiler(tiny):
+    """It takes a second or two, for which the first token would wait."""
+    fresh_process(RUN, "--checkpoint_path", tiny, *QUICK)
 
 
 FLAGS = """checkpoint_path device precision quantize group_size random_weights prompt prompts_file

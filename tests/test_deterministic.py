@@ -168,7 +168,8 @@ def reference(packed, x):
     parts = []
     with kernels.one_thread():
         for i, part in enumerate(x.chunk(packed.leaves, dim=-1)):
-            weight, bias = packed.get_buffer(f"leaf_{i}"), packed.bias if alone else None
+            weight = packed.get_buffer(f"leaf_{i}")
+            bias = packed.bias if alone else None
             parts.append(kernels.product_in_tiles(part, weight, bias, [16]))
     return parts[0] if alone else add_leaves(parts, packed.bias)
 
@@ -811,7 +812,7 @@ def build(folder, ops, dtype, name="2 KV heads"):
 
 KINDS = [("2 KV heads", dtype) for dtype in DTYPES]
 KINDS += [("3 KV heads, biases", FP32), ("3 KV heads, biases", BF16), ("window", FP16)]
-KINDS += [("mixture", FP32), ("mixture", BF16)]
+KINDS += [("mixture", FP32)]
 KINDS += [(mode, dtype) for mode in ("int8", "int4") for dtype in (BF16, FP32)]
 kinds = pytest.mark.parametrize("name, dtype", KINDS, ids=str)
 
@@ -870,9 +871,9 @@ def ask(i, length, new=8, **fields):
 
 
 OPTIONS = [{"temperature": 0.0}, {"seed": 7}, {"top_k": 50, "top_p": 0.9}, {"top_k": 3, "seed": 9}]
-LENGTHS = [1, 9, 10, 30, 64, 65, 3, 17, 100, 2]
+LENGTHS = [200, 9, 10, 1, 64, 65, 3, 17, 100, 2]
 MIXED = [ask(i, LENGTHS[i % 10], 3 + i % 7, **OPTIONS[i % 4]) for i in range(20)]
-ROOM = 144
+ROOM = 220
 
 
 def answers(model, requests, slots=1, length=ROOM, **settings):
@@ -900,7 +901,7 @@ def varied(model, kind, alone):
     if kind == "drafts":
         return [answers(model, some, 3, drafter=HalfRight(alone, k)) for k in (1, 5)]
     if kind == "cache":
-        return [answers(model, some, 3, length) for length in (108, 600, 1100)]
+        return [answers(model, some, 3, length) for length in (210, 600, 1100)]
     return [scored(model, alone, chunk) for chunk in (0, 5)]
 
 

@@ -2,6 +2,7 @@
 of the root can be taken away."""
 
 import ast
+import functools
 import graphlib
 import os
 import shutil
@@ -39,6 +40,7 @@ def imports(source: str) -> set[str]:
     return found
 
 
+@functools.cache
 def house() -> dict[str, set[str]]:
     """What each module outside tests/ imports."""
     files = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]
@@ -99,14 +101,13 @@ BROKEN = [
 
 @pytest.mark.parametrize("name, line", BROKEN, ids=[f"{name}, {line}" for name, line in BROKEN])
 def test_a_wrong_import_is_seen(name, line):
-    modules = house()
-    modules[name] |= imports(line)
-    assert breaches(modules)
+    modules = dict.fromkeys(house(), set())
+    assert breaches(modules) == []
+    assert breaches(modules | {name: imports(line)})
 
 
 def test_a_cycle_is_seen():
-    modules = house()
-    modules["scripts.checkpoint"] |= imports("from scripts import requests")
+    modules = house() | {"scripts.checkpoint": imports("from scripts import requests")}
     with pytest.raises(graphlib.CycleError):
         check_no_cycle(modules)
 

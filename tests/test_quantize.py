@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import needs_compiler, silent
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import generate
@@ -248,7 +248,7 @@ PRODUCTS += [(72, 256, 4, torch.float16)]
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("N", "K", "leaves", "dtype"), PRODUCTS)
+@pytest.mark.parametrize(("N", "K", "leaves", "dtype"), PRODUCTS, ids=str)
 def test_rows_keep_their_bits_at_every_m(mode, dtype, N, K, leaves):
     layer, _ = packed(mode, randn(N, K), BATCH_INVARIANT, randn(N), leaves)
     x = randn(max(ROWS), K, seed=1).to(dtype)
@@ -530,6 +530,19 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, config, message):
     (path / "config.json").write_text(json.dumps(UNTIED | {"quantization_config": config}))
     with pytest.raises(checkpoint.Refusal, match=message):
         load(path)
+
+
+def test_a_weight_of_another_type_is_refused(copied):
+    ran = command("--checkpoint_path", copied, "--mode", "int8")
+    out = Path(ran.stdout.strip())
+    path = next(out.glob("*.safetensors"))
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert tensors[name].dtype == torch.int8
+    save_file(tensors | {name: tensors[name].bfloat16()}, path)
+    message = rf"{name} is BF16 \[384, 192\], expected I8 \[384, 192\]"
+    with pytest.raises(checkpoint.Refusal, match=message):
+        load(out)
 
 
 # ---- the command

@@ -2,10 +2,12 @@
 bad input."""
 
 import fcntl
+import io
 import json
 import re
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -13,7 +15,8 @@ import pytest
 import torch
 
 import generate
-from scripts import bench, contract, machine, verify
+from kernels import BATCH_INVARIANT, FAST
+from scripts import bench, cli, contract, machine, verify
 
 ROOT = Path(generate.__file__).parent
 COMPILE = torch.compile
@@ -37,6 +40,15 @@ CONFIG = {
 def config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     return tmp_path / "config.json"
+
+
+def status_of(main, monkeypatch, *argv):
+    """With which status a command ends, in this process."""
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # to be put back
+    with pytest.raises(SystemExit) as end:
+        generate.command(main)
+    return end.value.code
 
 
 @pytest.fixture(autouse=True)
@@ -119,31 +131,48 @@ def test_bench_feeds_random_ids(config, monkeypatch):
     assert all(len(set(ids)) > len(ids) / 2 for ids in fed)
 
 
-def run(*argv, **options):
-    argv = [sys.executable, *map(str, argv)]
-    return subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=300, **options)
+def test_processes_that_share_a_lock_measure_one_at_a_time(config, monkeypatch, tmp_path):
+    """While another one measures or compiles, it loads and waits; while it measures, no other
+    does."""
+    path = tmp_path / "lock"
+    loaded = threading.Event()
+    load_models, timed = bench.load_models, bench.timeit.timeit
+    alone = []
 
+    def watched_load(args):
+        models = load_models(args)
+        loaded.set()
+        return models
 
-def test_processes_that_share_a_lock_measure_one_at_a_time(config, tmp_path):
-    """While another process measures, bench.py waits; while another compiles, it loads."""
-    with open(tmp_path / "lock", "w") as lock:
+    def watched_time(*args, **options):
+        with open(path, "w") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        alone.append(True)
+        return timed(*args, **options)
+
+    monkeypatch.setattr(bench, "load_models", watched_load)
+    monkeypatch.setattr(bench.timeit, "timeit", watched_time)
+    flags = (monkeypatch, config, "--batches", "1", "--lock", path)
+    thread = threading.Thread(target=bench_here, args=flags)
+    with open(path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        flags = ["--batches", "1", "--prompts", "9", "--runs", "1", "--lock", lock.name]
-        argv = [sys.executable, "scripts/bench.py", "--random_weights", str(config), *flags]
-        process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.communicate(timeout=8)
-        fcntl.flock(lock, fcntl.LOCK_UN)
-        assert "| decode | 1 | 16 |" in process.communicate(timeout=60)[0]
+        thread.start()
+        assert loaded.wait(60)
+        thread.join(1)
+        assert thread.is_alive() and alone == []
+    thread.join(60)
+    assert alone == [True, True]  # a prefill and a decode
 
 
-def test_bench_serves(config):
+def test_bench_serves(config, monkeypatch, capsys):
     """`ready`, then a number for each line, until one that is no order."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("decode 3\nprefill 1\ndecode\n"))
     flags = ["--random_weights", config, "--batch_size", "2", "--serve"]
-    done = run("scripts/bench.py", *flags, input="decode 3\nprefill 1\ndecode\n")
-    ready, decode, prefill = done.stdout.split()
+    assert status_of(bench.main, monkeypatch, "bench.py", *flags) == 2
+    out, err = capsys.readouterr()
+    ready, decode, prefill = out.split()
     assert ready == "ready" and float(decode) > 0 and float(prefill) > 0
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "`decode 30`" in done.stderr
+    assert err.count("\n") == 1 and "`decode 30`" in err
 
 
 # ---- the bandwidth
@@ -203,28 +232,20 @@ BAD_INPUT = [
     (["verify.py", "--size", "x"], "--size"),
     (["verify.py", "--checkpoint_path", "/nowhere"], "config.json"),
 ]
-COMMANDS = {"bench.py": bench.main, "verify.py": verify.main}
-
-
-def status_of(main, monkeypatch, *argv):
-    """With which status a command ends, in this process."""
-    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # to be put back
-    with pytest.raises(SystemExit) as end:
-        generate.command(main)
-    return end.value.code
 
 
 @pytest.mark.parametrize("argv, word", BAD_INPUT, ids=str)
 def test_bad_input(config, monkeypatch, capsys, argv, word):
     model = [] if "--checkpoint_path" in argv else ["--random_weights", config]
-    assert status_of(COMMANDS[argv[0]], monkeypatch, *argv, *model) == 2
+    command = verify.main if argv[0] == "verify.py" else bench.main
+    assert status_of(command, monkeypatch, *argv, *model) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and word in err
 
 
 def test_verify_is_a_command():
-    done = run("scripts/verify.py", "--bogus")
+    argv = [sys.executable, "scripts/verify.py", "--bogus"]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith("error: ") and "--bogus" in done.stderr
 
@@ -256,59 +277,76 @@ class SameProcess:
         return function(*args)
 
 
-@pytest.fixture
-def verify_here(config, monkeypatch, capsys):
-    """Run verify.py in this process, with shorter texts and without compiling, which takes
-    minutes: its status, {what varies: [flag off, flag on]}, {rule broken: what differs}."""
-
-    def run(**broken):
-        prepare = contract.prepare
-
-        def prepare_broken(args, deterministic):
-            args, model, requests = prepare(args, deterministic)
-            if deterministic and broken:
-                contract.follow(model, **broken)
-            return args, model, requests
-
-        monkeypatch.setattr(contract, "prepare", prepare_broken)
-        monkeypatch.setattr(contract, "LENGTHS", (1, 9, 10, 64, 65, 30, 100))
-        monkeypatch.setattr(contract, "NEW", 5)
-        monkeypatch.setattr(machine, "set_up", lambda *_: None)
-        monkeypatch.setattr(contract.multiprocessing, "get_context", lambda kind: SameProcess())
-        flags = ["--random_weights", config, "--precision", "fp32"]
-        status = status_of(verify.main, monkeypatch, "verify.py", *flags)
-        table = {}
-        for line in capsys.readouterr().out.splitlines():
-            if line.startswith("| "):
-                name, *found = line.strip("| ").split(" | ")
-                table[name] = found
-        del table["what varies"], table["a rule broken on purpose, the flag on"]
-        promised = {name: found for name, found in table.items() if len(found) == 2}
-        controls = {name: found[0] for name, found in table.items() if len(found) == 1}
-        return status, promised, controls
-
-    return run
-
-
 def differ(found):
     """Whether it says so: "0 of 7", "3 of 7, 0", or a number of unique completions."""
     count = int(found.split()[0])
     return count > (0 if " of " in found else 1)
 
 
-def test_verify(verify_here):
-    """With the flag nothing differs; without it, and where a rule is broken, much does."""
-    status, promised, controls = verify_here()
-    assert status == 0 and len(promised) == 9 and controls.keys() == contract.CONTROLS.keys()
-    assert not any(differ(on) for _, on in promised.values()), promised
+def test_verify(config, monkeypatch, capsys):
+    """With the flag nothing differs. Each broken rule is seen among the controls, and by the
+    comparisons that it concerns: here, one is broken in place of the flag being off. Texts are
+    short; nothing is compiled and there is one thread, as otherwise it takes minutes."""
+    prepare = contract.prepare
+
+    def prepare_or_break(args, deterministic):
+        args, model, requests = prepare(args, True)
+        if not deterministic:
+            contract.follow(model, contract.CausalFlag())
+        return args, model, requests
+
+    monkeypatch.setattr(contract, "prepare", prepare_or_break)
+    monkeypatch.setattr(contract, "LENGTHS", (1, 9, 10, 64, 65, 30, 100))
+    monkeypatch.setattr(contract, "NEW", 5)
+    monkeypatch.setattr(contract.multiprocessing, "get_context", lambda kind: SameProcess())
+    monkeypatch.setattr(machine, "set_up", lambda *_: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    flags = ["--random_weights", config, "--precision", "fp32"]
+    status = status_of(verify.main, monkeypatch, "verify.py", *flags)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    (_, *promised), controls = rows[:10], dict(rows[11:])
+    off = {name: found for name, found, _ in promised}
+    assert status == 0
+    assert not any(differ(on) for _, _, on in promised), promised
+    assert controls.keys() == contract.CONTROLS.keys()
     assert all(map(differ, controls.values())), controls
-    assert differ(promised["C1 batch size, neighbours, refilled slots"][0])
-    assert differ(promised["C2 rescored by prefill"][0])
+    assert differ(off["C2 prefill in chunks"]) and differ(off["C2 rescored by prefill"])
+    assert not differ(off["C6 cache length"])  # which that rule has nothing to do with
 
 
-def test_verify_finds_a_broken_rule(verify_here):
-    status, promised, _ = verify_here(ops=contract.CausalFlag())
-    assert status == 1
-    assert differ(promised["C2 prefill in chunks"][1])
-    assert differ(promised["C2 rescored by prefill"][1])
-    assert not differ(promised["C6 cache length"][1])  # which that rule has nothing to do with
+@pytest.mark.parametrize("promise, control", [(True, True), (False, False)])
+def test_verify_fails(config, monkeypatch, capsys, promise, control):
+    """Where a comparison differs with the flag, or where a control does not."""
+
+    def promises(args, model, requests):
+        yield "C1", "1 of 1, 0", promise and args.deterministic
+
+    def controls(model, requests):
+        yield "rule", "0 of 1", control
+
+    monkeypatch.setattr(contract, "promises", promises)
+    monkeypatch.setattr(contract, "controls", controls)
+    assert status_of(verify.main, monkeypatch, "verify.py", "--random_weights", config) == 1
+    assert "does not hold" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag, ops", [(False, FAST), (True, BATCH_INVARIANT)], ids=str)
+def test_verify_compares_both_tables(config, flag, ops):
+    args = cli.parse_args(["--random_weights", str(config)], size=2)
+    args, model, requests = contract.prepare(args, flag)
+    assert model.ops is ops and args.deterministic == flag
+    lengths = [len(request.prompt_ids) for request in requests]
+    assert lengths == [*contract.LENGTHS, *contract.LENGTHS]
+
+
+@pytest.mark.parametrize("name", ["F.linear with no tiles, leaves or probe", contract.SOME_LEAVES])
+def test_controls_are_other_products(name):
+    """The same sums of 384 products, in another order."""
+    ops, _ = contract.CONTROLS[name]
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(n, 384, generator=generator) for n in (64, 40))
+    packed = BATCH_INVARIANT.pack(weight, None, 3, False)
+    want = BATCH_INVARIANT.linear(x, packed)
+    torch.testing.assert_close(ops.linear(x, packed), want, rtol=0, atol=1e-4)
+    assert not torch.equal(ops.linear(x[:1], packed), want[:1])

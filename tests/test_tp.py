@@ -125,7 +125,8 @@ def logits(model):
 
 def sent_for_a_token(model):
     """[(name of the collective, bytes that the other ranks get of this one)]."""
-    engine, exchange, seen = Engine(model, Tokenizer(None), 1, 96), tp.exchange, []
+    engine = Engine(model, Tokenizer(None), 1, 96)
+    exchange, seen = tp.exchange, []
 
     def watched(collective, *args):
         seen.append((collective.__name__, args[-1].nbytes * (tp.world - 1)))
@@ -154,7 +155,11 @@ def with_plain_sums(folder, mode):
 def with_leaves_by_rank(folder, mode):
     """The rule broken: a leaf for each rank."""
     leaf_count = model_module.leaf_count
-    model_module.leaf_count = lambda *_: tp.world
+
+    def one_each(*_):
+        return tp.world
+
+    model_module.leaf_count = one_each
     found = alone(load(folder, mode, True))
     model_module.leaf_count = leaf_count
     return found
@@ -174,10 +179,11 @@ def work(folder):
     """All answers, and what the negative controls and the counters say."""
     tp.start()
     modes = MODES[tp.world]
-    plain, full = modes[0], modes[1]
+    plain, full = modes[:2]
     found = {str(mode): answers(load(folder, mode, True)) for mode in modes}
     off = load(folder, full, False)
-    found["flag off"], found["logits"] = answers(off), logits(off)
+    found["flag off"] = answers(off)
+    found["logits"] = logits(off)
     found["sent"] = sent_for_a_token(load(folder, plain, True))
     found["plain sums"] = with_plain_sums(folder, full)
     found["leaves by rank"] = with_leaves_by_rank(folder, plain)
