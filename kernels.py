@@ -8,6 +8,7 @@ import contextlib
 import functools
 import itertools
 import math
+import sys
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -237,7 +238,8 @@ def dense_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, 
     keep = mask_mod(b.view(-1, 1, 1, 1, 1), h, q_idx, kv_idx)
     bias = torch.zeros(keep.shape, device=pos_BT.device, dtype=dtype)
     bias.masked_fill_(~keep, float("-inf"))
-    torch._dynamo.maybe_mark_dynamic(bias, 4)  # the span grows with the text: one graph for all
+    if "torch._dynamo" in sys.modules:  # which takes a second to import, and who compiles has it
+        torch._dynamo.maybe_mark_dynamic(bias, 4)  # the span grows with the text: one graph for all
     seen_T = keep.any(3).flatten(0, 1).any(0)
     return [bias, span - seen_T.flip(-1).byte().argmax(-1)]
 

@@ -77,6 +77,12 @@ def bench_here(monkeypatch, config, *flags):
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+def table_rows(text):
+    """The cells of a table, without the rows of its head."""
+    lines = [line for line in text.splitlines() if re.match(r"\| (pre|de)", line)]
+    return [line.strip("| ").split(" | ") for line in lines]
+
+
 @pytest.mark.parametrize("flags, columns", [([], 6), (["--deterministic"], 8)], ids=str)
 def test_bench(config, monkeypatch, capsys, flags, columns):
     """A table of both kinds, without the flag and, if it is given, with it; the same as lines of
@@ -84,8 +90,7 @@ def test_bench(config, monkeypatch, capsys, flags, columns):
     path = config.parent / "lines.jsonl"
     asked = ("--batches", "1,2", "--contexts", "16,200", "--output", path)
     bench_here(monkeypatch, config, *asked, *flags)
-    lines = capsys.readouterr().out.splitlines()
-    table = [line.strip("| ").split(" | ") for line in lines if re.match(r"\| (pre|de)", line)]
+    table = table_rows(capsys.readouterr().out)
     cells = [("prefill", "1", "30"), *(("decode", b, n) for n in ("16", "200") for b in ("1", "2"))]
     assert [tuple(row[:3]) for row in table] == cells
     assert all(len(row) == columns for row in table)
