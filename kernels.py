@@ -145,23 +145,40 @@ def opaque_linear(x: Tensor, handle: int, shape, dtype) -> Tensor:
 class LeafPacked(Packed):
     """A weight on a CPU whose products round each leaf once, at every number of rows alike."""
 
+    few_rows = 48 if AMX else 24
+
     def pack(self, weight: Tensor) -> None:
-        self.leaf_weights = [blocked(leaf) for leaf in weight.chunk(self.leaves, dim=1)]
+        leaves = weight.chunk(self.leaves, dim=1)
+        self.leaf_weights = [blocked(leaf) for leaf in leaves]
         for i, leaf in enumerate(self.leaf_weights):  # where tools look for them
             self.register_buffer(f"leaf_{i}", leaf)
-        self.sum_dtype = torch.float32 if self.leaves > 1 else None
+        stacked = None
+        if self.leaves > 1:
+            self.sum_dtype = torch.float32
+            if weight.nbytes < 4 << 20:  # larger ones would not notice a call less
+                stacked = blocked(torch.cat(leaves))
+                self.nbytes += weight.nbytes
+        self.register_buffer("stacked", stacked)
 
     def products(self, x: Tensor) -> Tensor:
         if self.leaves == 1:
-            return exact_product(x, self.leaf_weights[0], self.bias)
+            return exact_product(x, self.leaf_weights[0], 1, self.bias)
+        if self.stacked is not None and x.numel() <= self.few_rows * self.leaf_weights[0].shape[1]:
+            # One call makes all products of leaves.
+            x_GK = x.reshape(*x.shape[:-1], self.leaves, -1)
+            y = exact_product(x_GK, self.stacked, self.leaves)
+            y = y.view(*x.shape[:-1], self.leaves, *self.shape).diagonal(dim1=-3, dim2=-2)
+            return y.float().movedim(-1, -2)
         y = x.new_empty(*x.shape[:-1], *self.shape, dtype=torch.float32)
         for i, part in enumerate(x.chunk(self.leaves, dim=-1)):
             y[..., i, :] = exact_product(part, self.leaf_weights[i])
         return y
 
 
-def exact_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    tiles = exact_tiles(*weight.shape, x.dtype, torch.get_num_threads())
+def exact_product(x: Tensor, weight: Tensor, leaves=1, bias: Tensor | None = None) -> Tensor:
+    tiles = exact_tiles(*weight.shape, x.dtype, leaves, torch.get_num_threads())
+    if x.shape[:-1].numel() in tiles:
+        return product(x, weight, bias)
     with contextlib.nullcontext() if tiles else one_thread():
         return product_in_tiles(x, weight, bias, tiles or [16])
 
@@ -173,8 +190,6 @@ def fill_up(x: Tensor, *more: int, value: float = 0) -> Tensor:
 
 def product_in_tiles(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: list[int]) -> Tensor:
     """A product of as many rows at a time as ascending `tiles` say; zeros fill up the last one."""
-    if x.shape[:-1].numel() in tiles:
-        return product(x, weight, bias)
     y = []
     for tile in x.flatten(0, -2).split(tiles[-1]):
         more = next(n for n in tiles if n >= len(tile)) - len(tile)
@@ -207,13 +222,14 @@ def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tu
 
 
 @functools.cache
-def exact_tiles(N: int, K: int, dtype: torch.dtype, threads: int) -> list[int]:
+def exact_tiles(N: int, K: int, dtype: torch.dtype, leaves: int, threads: int) -> list[int]:
     """The numbers of rows, powers of two up to 512, at which a product with a weight [N, K] is seen
-    to have the bits of the reference: one thread, tiles of 16 rows."""
-    x, weight = cancelling((512,), (min(N, 1 << 14),), K, dtype)
-    weight = blocked(weight)
+    to have the bits of the reference: one thread, tiles of 16 rows, each of its stacked leaves
+    alone."""
+    x, weights = cancelling((512,), (leaves, min(N // leaves, 1 << 14)), K, dtype)
+    weight = blocked(weights.flatten(0, 1))
     with one_thread():
-        want = product_in_tiles(x, weight, None, [16])
+        want = torch.cat([product_in_tiles(x, blocked(w), None, [16]) for w in weights], dim=1)
     powers = [1 << i for i in range(10)]
     return [n for n in powers if torch.equal(product(x[:n], weight), want[:n])]
 
@@ -252,6 +268,7 @@ def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale, rows=1, spans=range(64,
     q_BGTRD = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2)
     R, L = q_BGTRD.shape[3], filled(bias.shape[-1], spans)
     bias = fill_up(bias, 0, L - bias.shape[-1], value=float("-inf"))
+    alike = len(limit_T) == bias.shape[3] == 1  # one token, of which all heads see the same
     bias = bias.expand(len(q_BTHD), -1, -1, R, -1)
     blocks = []
     for start in range(0, len(limit_T), 128):
@@ -260,7 +277,11 @@ def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale, rows=1, spans=range(64,
             span = filled(int(limit_T[now].max()), spans)
         q = q_BGTRD[:, :, now].flatten(2, 3)
         more = (0, 0, 0, -q.shape[2] % rows)
-        mask = fill_up(bias[:, :, now, :, :span].flatten(2, 3), *more)
+        mask = bias[:, :, now, :, :span].flatten(2, 3)
+        if alike:
+            mask = mask[:, :, :1].expand(-1, -1, q.shape[2] + more[3], -1)
+        else:
+            mask = fill_up(mask, *more)
         keys, values = k_BGLD[:, :, :span], v_BGLD[:, :, :span]
         y = F.scaled_dot_product_attention(fill_up(q, *more), keys, values, mask, scale=scale)
         y = y[:, :, : q.shape[2]]
@@ -329,7 +350,6 @@ def cpu_attention(q, k, v, k_cache, v_cache, pos, mask, scale, exact):
         return torch.cat([attend(*row, mask[1], scale, 16, [512]) for row in rows])
 
 
-# A compiler reorders sums, and rounds exp in its own way.
 exp = opaque("exp(Tensor x) -> Tensor", torch.empty_like)(torch.exp)
 
 
@@ -542,7 +562,7 @@ class Fast:
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         """x W^T + b."""
-        return packed(x)
+        return packed.forward(x)  # a module's own call takes longer
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Over the last dimension."""
@@ -580,8 +600,7 @@ class BatchInvariant(Fast):
 
     exact = True
     compile_options = {"emulate_precision_casts": True, "pattern_matcher": False}
-    # Else compiled code for a GPU divides approximately.
-    compile_options |= {"eager_numerics.division_rounding": True}
+    compile_options |= {"eager_numerics.division_rounding": True}  # else a GPU's is approximate
 
     def pack(self, weight, bias, leaves, partial):
         kind = TritonPacked if weight.is_cuda else LeafPacked
