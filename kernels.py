@@ -162,11 +162,11 @@ class LeafPacked(Packed):
 
     def products(self, x: Tensor) -> Tensor:
         if self.leaves == 1:
-            return exact_product(x, self.leaf_weights[0], 1, self.bias)
+            return exact_product(x, self.leaf_weights[0], self.bias)
         if self.stacked is not None and x.numel() <= self.few_rows * self.leaf_weights[0].shape[1]:
             # One call makes all products of leaves.
             x_GK = x.reshape(*x.shape[:-1], self.leaves, -1)
-            y = exact_product(x_GK, self.stacked, self.leaves)
+            y = exact_product(x_GK, self.stacked, None, self.leaves)
             y = y.view(*x.shape[:-1], self.leaves, *self.shape).diagonal(dim1=-3, dim2=-2)
             return y.float().movedim(-1, -2)
         y = x.new_empty(*x.shape[:-1], *self.shape, dtype=torch.float32)
@@ -175,8 +175,8 @@ class LeafPacked(Packed):
         return y
 
 
-def exact_product(x: Tensor, weight: Tensor, leaves=1, bias: Tensor | None = None) -> Tensor:
-    tiles = exact_tiles(*weight.shape, x.dtype, leaves, torch.get_num_threads())
+def exact_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, leaves=1) -> Tensor:
+    tiles = exact_tiles(*weight.shape, x.dtype, torch.get_num_threads(), leaves)
     if x.shape[:-1].numel() in tiles:
         return product(x, weight, bias)
     with contextlib.nullcontext() if tiles else one_thread():
@@ -222,7 +222,7 @@ def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tu
 
 
 @functools.cache
-def exact_tiles(N: int, K: int, dtype: torch.dtype, leaves: int, threads: int) -> list[int]:
+def exact_tiles(N: int, K: int, dtype: torch.dtype, threads: int, leaves=1) -> list[int]:
     """The numbers of rows, powers of two up to 512, at which a product with a weight [N, K] is seen
     to have the bits of the reference: one thread, tiles of 16 rows, each of its stacked leaves
     alone."""
