@@ -60,8 +60,7 @@ def opaque(schema: str, fake: Callable) -> Callable:
 
 
 def blocked(weight_NK: Tensor) -> Tensor:
-    """In oneDNN's blocks, at one row twice as fast as F.linear; as it is where those do not
-    exist."""
+    """In oneDNN's blocks, at one row twice as fast as F.linear; as it is where there are none."""
     if weight_NK.device.type == "cpu":
         with contextlib.suppress(RuntimeError):
             return torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), 1)
@@ -163,8 +162,7 @@ class LeafPacked(Packed):
     def products(self, x: Tensor) -> Tensor:
         if self.leaves == 1:
             return exact_product(x, self.leaf_weights[0], self.bias)
-        if self.stacked is not None and x.numel() <= self.few_rows * self.leaf_weights[0].shape[1]:
-            # One call makes all products of leaves.
+        if self.is_few(x):  # one call makes all products of leaves
             x_GK = x.reshape(*x.shape[:-1], self.leaves, -1)
             y = exact_product(x_GK, self.stacked, None, self.leaves)
             y = y.view(*x.shape[:-1], self.leaves, *self.shape).diagonal(dim1=-3, dim2=-2)
@@ -173,6 +171,12 @@ class LeafPacked(Packed):
         for i, part in enumerate(x.chunk(self.leaves, dim=-1)):
             y[..., i, :] = exact_product(part, self.leaf_weights[i])
         return y
+
+    def is_few(self, x: Tensor) -> bool:
+        """Whether the stacked leaves serve: for few rows, where each leaf has the bits of it alone."""
+        if self.stacked is None or x.numel() > self.few_rows * self.leaf_weights[0].shape[1]:
+            return False
+        return bool(exact_tiles(*self.stacked.shape, x.dtype, torch.get_num_threads(), self.leaves))
 
 
 def exact_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, leaves=1) -> Tensor:
@@ -224,8 +228,7 @@ def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tu
 @functools.cache
 def exact_tiles(N: int, K: int, dtype: torch.dtype, threads: int, leaves=1) -> list[int]:
     """The numbers of rows, powers of two up to 512, at which a product with a weight [N, K] is seen
-    to have the bits of the reference: one thread, tiles of 16 rows, each of its stacked leaves
-    alone."""
+    to have the bits of the reference: one thread, tiles of 16 rows, each stacked leaf alone."""
     x, weights = cancelling((512,), (leaves, min(N // leaves, 1 << 14)), K, dtype)
     weight = blocked(weights.flatten(0, 1))
     with one_thread():
@@ -363,8 +366,7 @@ def vector_norm(x: Tensor) -> Tensor:
 )
 def gpu_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """In fp32, where PyTorch's own kernel gives each row a block of threads to itself."""
-    y = F.rms_norm(x.float().contiguous(), weight.shape, weight.float(), eps)
-    return y.to(x.dtype)
+    return F.rms_norm(x.float().contiguous(), weight.shape, weight.float(), eps).to(x.dtype)
 
 
 SPLIT = 512  # keys that one program attends to before their sum joins that of others

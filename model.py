@@ -65,8 +65,7 @@ def rope_table(config: ModelConfig, length: int) -> Tensor:
     factor, low, high, original_context = settings + neutral[len(settings) :]
     exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
     freq = 1.0 / float(rope["rope_theta"] or 10000.0) ** exponents
-    turns = original_context * freq / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    keep = ((original_context * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
     freq = keep * freq + (1 - keep) * freq / factor
     angle = torch.arange(length).float()[:, None] * freq
     return torch.stack((angle.cos(), angle.sin()), dim=1)
@@ -75,8 +74,7 @@ def rope_table(config: ModelConfig, length: int) -> Tensor:
 def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each pair (i, i + D / 2) is rotated by its angle, in fp32, and rounded once."""
     a, b = x_BTHD.float().chunk(2, dim=-1)
-    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return turned.to(x_BTHD.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BTHD.dtype)
 
 
 class Layer(nn.Module):

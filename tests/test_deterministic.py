@@ -307,8 +307,7 @@ def test_linear_without_tiles(dtype, leaves, monkeypatch):
     monkeypatch.setattr(kernels, "exact_tiles", lambda *shape: [])
     seen = watch_products(monkeypatch)
     assert all(torch.equal(packed(x[:n]), want[:n]) for n in (1, 2, 17, 130))
-    # The leaves of a few rows are one product.
-    assert seen == [(16, 1)] * (1 + 1 + leaves * (2 + 9))
+    assert seen == [(16, 1)] * leaves * (1 + 1 + 2 + 9)
     assert torch.get_num_threads() == 2
     assert not torch.equal(layer(LeafPacked, dtype, 2 if leaves == 1 else 1)(x), want)
 
@@ -331,10 +330,10 @@ def test_linear_in_tiles(leaves, monkeypatch):
 
 
 WRONG_PRODUCTS = {  # when a kernel sums in another order, and the rows that are left
-    "many rows": (lambda rows, threads: rows > 32, range(33)),
-    "few rows": (lambda rows, threads: rows < 16, range(16, 1024)),
-    "all but 16 rows": (lambda rows, threads: rows != 16, [16]),
-    "threads": (lambda rows, threads: threads > 1, []),
+    "many rows": (lambda rows, outputs, threads: rows > 32, range(33)),
+    "few rows": (lambda rows, outputs, threads: rows < 16, range(16, 1024)),
+    "all but 16 rows": (lambda rows, outputs, threads: rows != 16, [16]),
+    "threads": (lambda rows, outputs, threads: threads > 1, []),
 }
 
 
@@ -343,7 +342,8 @@ def break_product(monkeypatch, is_wrong):
     product = kernels.product
 
     def broken(x, weight, bias=None):
-        if not is_wrong(x.shape[:-1].numel(), torch.get_num_threads()):
+        rows, outputs = x.shape[:-1].numel(), weight.shape[0]
+        if not is_wrong(rows, outputs, torch.get_num_threads()):
             return product(x, weight, bias)
         dense = weight.to_dense() if weight.is_mkldnn else weight
         return F.linear(x.flip(-1), dense.flip(-1), bias)
@@ -372,6 +372,19 @@ def test_a_wrong_product_is_seen(dtype, mistake, monkeypatch):
     monkeypatch.setattr(kernels, "exact_tiles", lambda *shape: [1 << i for i in range(10)])
     blind = [packed(x[:n]) for n in (1, 2, 16, 33, 140)]
     assert not all(torch.equal(y, want[: len(y)]) for y in blind)
+
+
+def test_a_wrong_product_of_stacked_leaves_is_seen(monkeypatch):
+    """One product of all leaves may be what a few rows get, but only where it is that of each leaf
+    alone."""
+    weight, x = telling(40, 130, 576, FP32)
+    packed = LeafPacked(weight, None, 3)
+    want = packed(x)
+    break_product(monkeypatch, lambda rows, outputs, threads: outputs > 40)
+    for n in (1, 2, 5, 9, 130):
+        assert torch.equal(packed(x[:n]), want[:n])
+    monkeypatch.setattr(kernels, "exact_tiles", lambda *shape: [1 << i for i in range(10)])
+    assert not torch.equal(packed(x[:1]), want[:1])
 
 
 # ---- attention
