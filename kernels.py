@@ -173,7 +173,7 @@ class LeafPacked(Packed):
         return y
 
     def is_few(self, x: Tensor) -> bool:
-        """Whether the stacked leaves serve: for few rows, where each leaf has the bits of it alone."""
+        """Whether stacked leaves serve: for few rows, and each leaf has the bits it has alone."""
         if self.stacked is None or x.numel() > self.few_rows * self.leaf_weights[0].shape[1]:
             return False
         return bool(exact_tiles(*self.stacked.shape, x.dtype, torch.get_num_threads(), self.leaves))

@@ -61,12 +61,13 @@ def random_weight(mode, N, K, leaves=1, partial=False):
 
 def device(args):
     """What there is."""
-    names = ("torch", "triton", "safetensors", "tokenizers", "transformers", "pytest", "gguf")
+    names = ("triton", "safetensors", "tokenizers", "transformers", "pytest", "gguf")
     found = {}
     for package in importlib.metadata.distributions():
         if package.metadata["Name"] in names:
             found[package.metadata["Name"]] = package.version
-    found |= {"python": platform.python_version(), "cuda": torch.version.cuda}
+    found |= {"torch": torch.__version__, "cuda": torch.version.cuda}
+    found["python"] = platform.python_version()
     found["cores"] = os.cpu_count()
     if CARD:
         card = torch.cuda.get_device_properties(DEVICE)
@@ -365,20 +366,14 @@ def trace(args):
 QUESTIONS = {f.__name__: f for f in (device, bits, logits, graph, ranks, shapes, trace)}
 
 
-def let_the_interpreter_add_in_order():
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    from tests import interpreter
-
-    InterpreterBuilder.create_dot = interpreter.dot_in_ascending_k
-
-
 def main():
     args = cli.parse_args(what="", size=1)
     if args.what not in QUESTIONS:
         raise Refusal(f"--what {args.what}: expected one of {', '.join(QUESTIONS)}")
     if not CARD:
-        let_the_interpreter_add_in_order()
+        from tests import interpreter  # which needs NumPy
+
+        interpreter.install()
     torch.manual_seed(0)
     holds = True
     for answer in QUESTIONS[args.what](args):

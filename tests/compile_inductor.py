@@ -26,7 +26,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers, triton_heuristics
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.virtualized import V
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import fake_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -97,6 +97,7 @@ def pretend(arch: int):
     with (
         mock.patch.object(DeviceProperties, "create", properties),
         mock.patch.object(CudaInterface, "get_device_properties", properties),
+        mock.patch.object(fake_tensor, "init_gpu_context"),  # which would look for the card
         mock.patch.multiple(torch.cuda, **cuda),
     ):
         yield
@@ -107,7 +108,7 @@ def trace_block(directory: str):
     nothing is computed."""
     path = Path(directory, "config.json")
     path.write_text(json.dumps(SETTINGS))
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         model = Transformer(read_config(path), OpaqueAttention(), CARD, torch.bfloat16)
         options = {"device": CARD, "dtype": torch.bfloat16}
