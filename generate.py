@@ -1,7 +1,6 @@
 """Text from an open-weight language model: the engine, and the front door."""
 
 import time
-import timeit
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -189,27 +188,11 @@ def build(args, model: Transformer, tokenizer: Tokenizer, length: int) -> Engine
     if compiled or args.deterministic or drafter:
         cli.progress("compiling" if compiled else "probing")
         row = Request(0, "", [], temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-        step_s, round_s = warm_up(engine, row)
+        step_s, round_s = machine.warm_up(engine, row)
         # So many accepted drafts make up for what a round takes longer than a step.
         pays = drafter.pays if drafter and drafter.pays else round_s / step_s - 1
         engine.pauses = drafts.Pauses(pays)
     return engine
-
-
-@torch.inference_mode()
-def warm_up(engine: Engine, row: Request) -> tuple[float, float]:
-    """Seconds of a step of one token a slot, and of one that checks drafts, at best of three each,
-    after all that they need is compiled and probed."""
-    batch = len(engine.slots)
-    sampler = Sampler([row] * batch, engine.model.device)
-    engine.prefill([0] * 5, 0)
-
-    def step(tokens: int) -> None:
-        engine.step([[0] * tokens] * batch, [0] * batch, sampler)[0].tolist()
-
-    one = min(timeit.repeat(lambda: step(1), repeat=3, number=1))
-    several = min(timeit.repeat(lambda: step(engine.k + 1), repeat=3, number=1))
-    return one, several
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,9 +1,8 @@
-"""A decoder of the Llama family: its configuration, layers, KV cache and the loader of weights.
+"""A decoder of the Llama family: its configuration, layers and KV cache.
 Letters in names are dimensions: B rows of a batch, T new tokens, D head_dim, H query heads, G KV
 heads, V vocabulary, N x K a weight."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -240,7 +239,8 @@ FAMILIES = {  # by architecture: the layer, and what config.json means, whatever
 
 
 class Transformer(nn.Module):
-    """A decoder, empty until `load_weights` fills it; one of the `ranks` that share it."""
+    """A decoder, empty until each of its `loaders` is given its tensors; one of the `ranks` that
+    share it."""
 
     def __init__(self, config: ModelConfig, ops: Fast, device: torch.device, dtype, ranks: int = 1):
         super().__init__()
@@ -267,10 +267,6 @@ class Transformer(nn.Module):
         self.decode_stack = self.verify_stack = self.prefill_stack = self.stack  # to be compiled
         self.graphed = False  # whether steps are CUDA graphs
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the checkpoint tensors that it takes, by name."""
-        return {name: shape for layer in self.loaders for name, shape in layer.shapes.items()}
-
     def make_head(self, name: str) -> Linear:
         """In 8 bits where others have 4, no faster on a CPU; a tied one only while loading."""
         mode, stored = self.config.quantization and "int8", self.config.stored and name == "lm_head"
@@ -294,16 +290,15 @@ class Transformer(nn.Module):
         """fp32 logits [B, T, V] (T = 1 with `last`) of tokens at absolute positions `pos_BT`; `end`
         is one past the highest. Their keys and values are written to the cache, which must hold
         every earlier position."""
-        # A CPU is quicker in whole blocks. A CUDA graph needs one shape: it looks over all the
-        # cache.
+        # A CPU is quicker in whole blocks. A CUDA graph, of one shape, looks over all the cache.
         span = -(-end // 64) * 64 if self.device.type == "cpu" else cache[0][0].shape[2]
         masks = {}
         for window, mask_mod in self.mask_mods.items():
             masks[window] = self.ops.mask(mask_mod, pos_BT, span, self.heads, self.dtype)
-        stacks = (
-            (self.decode_stack, self.verify_stack) if decode else (self.stack, self.prefill_stack)
-        )
-        stack = stacks[tokens_BT.shape[1] > 1]
+        one, several = self.stack, self.prefill_stack
+        if decode:
+            one, several = self.decode_stack, self.verify_stack
+        stack = one if tokens_BT.shape[1] == 1 else several
         return stack(tokens_BT, pos_BT, masks, cache, last)
 
     def stack(self, tokens_BT, pos_BT, masks: dict, cache: KVCache, last: bool) -> Tensor:
@@ -316,11 +311,3 @@ class Transformer(nn.Module):
         if self.ranks > 1:
             logits_BTV = tp.all_gather(logits_BTV).movedim(0, -2).flatten(-2)
         return logits_BTV
-
-
-def load_weights(model: Transformer, slices: dict, progress: Callable) -> None:
-    """Stream the tensors of a checkpoint into place: `slices` has those of safetensors' get_slice
-    by name. `progress` is told how many layers of how many are done."""
-    for done, layer in enumerate(model.loaders, start=1):
-        model.nbytes += layer.load([slices[name][:] for name in layer.shapes])
-        progress(done, len(model.loaders))

@@ -31,8 +31,7 @@ class Int8Linear(Packed):
 
     def pack(self, weight: Tensor, scale: Tensor, exact: bool) -> None:
         self.expands = AMX and not exact
-        # Leaves are stacked: one quick product of them all and those of an input has all that is
-        # wanted.
+        # Leaves are stacked: one quick product of them all and those of an input has all we want.
         weight = torch.cat(weight.chunk(self.leaves, dim=1))
         scale = scale.float().flatten().repeat(self.leaves)
         zeros = torch.zeros_like(scale, dtype=torch.int64)
@@ -65,9 +64,7 @@ class Int8Linear(Packed):
         outputs = (math.prod(self.shape),)
         sums = opaque_linear(codes.flatten(0, -2), self.handle, outputs, torch.float32)
         sums = sums.view(*codes.shape[:-1], self.leaves, -1)
-        own = sums.diagonal(dim1=-3, dim2=-2).transpose(
-            -1, -2
-        )  # each leaf of the weight's own part
+        own = sums.diagonal(dim1=-3, dim2=-2).mT  # of each leaf, with its own part of the input
         high, low = own.unbind(-3)
         leaves = (low * (1 / 126)).add_(high).mul_(step)
         y = add_leaves(leaves.unbind(-2), self.bias)

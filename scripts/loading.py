@@ -11,7 +11,7 @@ import quantize
 import scripts.families  # noqa: F401  (it enters them into FAMILIES)
 import tp
 from kernels import BATCH_INVARIANT, FAST, InputError
-from model import FAMILIES, ModelConfig, Transformer, load_weights
+from model import FAMILIES, ModelConfig, Transformer
 from scripts import checkpoint, cli, download, drafts, machine
 from scripts.tokenizer import Tokenizer
 
@@ -48,9 +48,22 @@ def load(args, ranks: int | None = None) -> tuple[Transformer, Tokenizer]:
     if shape:
         machine.randomize(model)
     else:
-        slices = checkpoint.open_weights(directory, model.shapes())
+        slices = checkpoint.open_weights(directory, tensor_shapes(model))
         load_weights(model, slices, cli.progress_of("loading"))
     return model, tokenizer
+
+
+def tensor_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
+    """Of the checkpoint tensors that a model takes, by name."""
+    return {name: shape for layer in model.loaders for name, shape in layer.shapes.items()}
+
+
+def load_weights(model: Transformer, slices: dict, progress: Callable) -> None:
+    """Stream the tensors of a checkpoint into place: `slices` has those of safetensors' get_slice
+    by name. `progress` is told how many layers of how many are done."""
+    for done, layer in enumerate(model.loaders, start=1):
+        model.nbytes += layer.load([slices[name][:] for name in layer.shapes])
+        progress(done, len(model.loaders))
 
 
 def load_drafter(args, model, tokenizer, length: int, build: Callable):

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+import timeit
 import types
 import warnings
 from collections import Counter
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from scripts.checkpoint import Refusal, refusing
+from scripts.requests import Request
+from scripts.sampler import Sampler
 
 M_TRIM_THRESHOLD = -1  # names of glibc's mallopt and of Linux's madvise
 M_MMAP_THRESHOLD = -3
@@ -216,6 +219,22 @@ def compiled(model, **more):
     options = dict(model.ops.compile_options)
     options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
     return torch.compile(own.__get__(model), fullgraph=True, options=options, **more)
+
+
+@torch.inference_mode()
+def warm_up(engine, row: Request) -> tuple[float, float]:
+    """Seconds of a step of one token a slot, and of one that checks drafts, at best of three each,
+    after all that they need is compiled and probed."""
+    batch = len(engine.slots)
+    sampler = Sampler([row] * batch, engine.model.device)
+    engine.prefill([0] * 5, 0)
+
+    def step(tokens: int) -> None:
+        engine.step([[0] * tokens] * batch, [0] * batch, sampler)[0].tolist()
+
+    one = min(timeit.repeat(lambda: step(1), repeat=3, number=1))
+    several = min(timeit.repeat(lambda: step(engine.k + 1), repeat=3, number=1))
+    return one, several
 
 
 @contextlib.contextmanager

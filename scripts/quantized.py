@@ -26,7 +26,7 @@ def write(source: Path, out: str, mode: str, group_size: int) -> Path:
         raise checkpoint.Refusal(f"{target} exists: move it away or choose another --out")
     config = loading.read_config(source / "config.json", mode, group_size)
     model = Transformer(config, FAST, torch.device("cpu"), torch.bfloat16)
-    slices = checkpoint.open_weights(source, model.shapes())
+    slices = checkpoint.open_weights(source, loading.tensor_shapes(model))
     temporary = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
     with temporary as folder, torch.inference_mode():
         work = Path(folder, target.name)

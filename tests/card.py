@@ -36,7 +36,7 @@ import kernels  # noqa: E402
 import quantize  # noqa: E402
 import tp  # noqa: E402
 from kernels import BATCH_INVARIANT, InputError, TritonPacked  # noqa: E402
-from scripts import cli, contract, machine  # noqa: E402
+from scripts import cli, contract, loading, machine  # noqa: E402
 from scripts.checkpoint import Refusal  # noqa: E402
 from scripts.tokenizer import Tokenizer  # noqa: E402
 
@@ -178,7 +178,7 @@ def fill(model):
     tensor, as a tied head does, get the same."""
     generator = torch.Generator().manual_seed(0)
     made = {}
-    for name, shape in model.shapes().items():
+    for name, shape in loading.tensor_shapes(model).items():
         tensor = torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
         made[name] = tensor if tensor.dim() > 1 else torch.ones_like(tensor)
     for layer in model.loaders:

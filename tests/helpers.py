@@ -10,9 +10,9 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from kernels import FAST
-from model import Transformer, load_weights
+from model import Transformer
 from scripts import checkpoint
-from scripts.loading import read_config
+from scripts.loading import load_weights, read_config, tensor_shapes
 from scripts.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -98,7 +98,8 @@ def silent(*_):
 def load(directory, dtype=torch.float32, ops=FAST):
     """Model and tokenizer of a directory."""
     model = Transformer(read_config(directory / "config.json"), ops, CPU, dtype)
-    load_weights(model, checkpoint.open_weights(directory, model.shapes()), silent)
+    slices = checkpoint.open_weights(directory, tensor_shapes(model))
+    load_weights(model, slices, silent)
     return model, Tokenizer(directory)
 
 

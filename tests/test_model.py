@@ -37,10 +37,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from generate import Engine
 from kernels import BATCH_INVARIANT, FAST, causal, sliding_window
-from model import Transformer, load_weights, rope_table
+from model import Transformer, rope_table
 from scripts import machine
 from scripts.checkpoint import Refusal, open_weights
-from scripts.loading import read_config
+from scripts.loading import load_weights, read_config, tensor_shapes
 from scripts.requests import Request
 from scripts.tokenizer import Tokenizer
 
@@ -207,7 +207,7 @@ def family(request, family_of):
 
 def load(directory: Path, dtype=torch.float32) -> Transformer:
     model = Transformer(read_config(directory / "config.json"), FAST, CPU, dtype)
-    load_weights(model, open_weights(directory, model.shapes()), silent)
+    load_weights(model, open_weights(directory, tensor_shapes(model)), silent)
     return model
 
 
@@ -466,7 +466,7 @@ def test_bad_tensor(copied, changes, message):
     directory = copied("llama", **changes)
     model = Transformer(read_config(directory / "config.json"), FAST, CPU, torch.float32)
     with pytest.raises(Refusal, match=message):
-        open_weights(directory, model.shapes())
+        open_weights(directory, tensor_shapes(model))
 
 
 def test_tied_checkpoint_needs_no_head_and_takes_no_other(copied, family_of):
@@ -792,9 +792,9 @@ LOADER = """
 import json, re, sys, threading, time
 from pathlib import Path
 import torch
-from scripts.loading import read_config
+from scripts.loading import load_weights, read_config, tensor_shapes
 from kernels import FAST
-from model import Transformer, load_weights
+from model import Transformer
 from scripts.checkpoint import open_weights
 
 def anonymous():
@@ -814,7 +814,7 @@ thread.start()
 directory = Path(sys.argv[1])
 config = read_config(directory / "config.json")
 model = Transformer(config, FAST, torch.device("cpu"), torch.bfloat16)
-load_weights(model, open_weights(directory, model.shapes()), lambda done, total: None)
+load_weights(model, open_weights(directory, tensor_shapes(model)), lambda done, total: None)
 stop.set()
 thread.join()
 print(json.dumps([before, max(samples), anonymous(), model.nbytes, len(samples)]))

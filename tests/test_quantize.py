@@ -25,7 +25,7 @@ from torch import Tensor
 import generate
 import quantize
 from kernels import BATCH_INVARIANT, FAST, add_leaves
-from model import Transformer, load_weights
+from model import Transformer
 from scripts import checkpoint, cli, drafts, loading, machine
 from scripts.contract import HalfRight
 from scripts.requests import Request
@@ -83,7 +83,7 @@ def directory(path: Path, config=CONFIG, dtype=torch.bfloat16, seed=0) -> Path:
     (path / "config.json").write_text(json.dumps(config))
     model = Transformer(loading.read_config(path / "config.json"), FAST, CPU, dtype)
     tensors = {}
-    for i, (name, shape) in enumerate(model.shapes().items()):
+    for i, (name, shape) in enumerate(loading.tensor_shapes(model).items()):
         tensor = randn(*shape, seed=seed + i) * (0.1 if len(shape) == 2 else 0.5)
         tensors[name] = (tensor + 1 if "norm" in name else tensor).to(dtype)
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
@@ -96,7 +96,8 @@ def load(path: Path, *flags: str) -> Transformer:
     config = loading.read_config(path / "config.json", args.quantize, args.group_size)
     ops = BATCH_INVARIANT if args.deterministic else FAST
     model = Transformer(config, ops, CPU, loading.PRECISIONS[args.precision])
-    load_weights(model, checkpoint.open_weights(path, model.shapes()), silent)
+    slices = checkpoint.open_weights(path, loading.tensor_shapes(model))
+    loading.load_weights(model, slices, silent)
     return model
 
 

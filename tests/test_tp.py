@@ -31,7 +31,7 @@ from kernels import FAST, InputError  # noqa: E402
 from scripts import cli, quantized  # noqa: E402
 from scripts.contract import complete  # noqa: E402
 from scripts.drafts import PromptLookup  # noqa: E402
-from scripts.loading import read_config  # noqa: E402
+from scripts.loading import read_config, tensor_shapes  # noqa: E402
 from scripts.requests import Request  # noqa: E402
 from scripts.tokenizer import Tokenizer  # noqa: E402
 
@@ -307,7 +307,8 @@ def write_checkpoint(directory, **changes):
     template = "{% for m in messages %}w7 {{ m['content'] }} {% endfor %}w9"
     write_json(directory / "tokenizer_config.json", {"chat_template": template})
     config = read_config(directory / "config.json")
-    shapes = model_module.Transformer(config, FAST, torch.device("cpu"), torch.bfloat16).shapes()
+    empty = model_module.Transformer(config, FAST, torch.device("cpu"), torch.bfloat16)
+    shapes = tensor_shapes(empty)
     generator = torch.Generator().manual_seed(1)
     tensors = {}
     for name, shape in shapes.items():
