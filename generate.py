@@ -11,7 +11,7 @@ from torch import Tensor
 import tp
 from kernels import InputError
 from model import Transformer
-from scripts import chat, cli, drafts, machine, requests
+from scripts import chat, cli, drafts, machine, prompts, requests
 from scripts.loading import load, load_drafter
 from scripts.requests import Completion, Request
 from scripts.sampler import Sampler
@@ -39,13 +39,19 @@ class Engine:
         self.tokenizer = tokenizer
         self.drafter = drafter
         self.k = drafter.k if drafter else 0
-        self.chunk = prefill_chunk or length
-        self.cache = model.new_cache(batch_size, length + self.k)
+        self.chunk = prefill_chunk
         self.slots: list[Completion | None] = [None] * batch_size
         self.sampler = None  # of the slots, until one changes hands
-        self.graphs = {}  # CUDA graphs of a step
+        self.reserve(length)
         self.pauses = drafts.Pauses()
         self.stats = machine.Stats(accept_counts=[0] * (self.k + 1 if drafter else 0))
+
+    def reserve(self, length: int) -> None:
+        """A new cache, for texts of so many tokens."""
+        self.length = length
+        self.graphs = {}  # CUDA graphs of a step
+        self.cache = None  # gone before there is another
+        self.cache = self.model.new_cache(len(self.slots), length + self.k)
 
     def feed(self, ids: list[int], start: int, slot: int, last=False) -> Tensor:
         """Feed a slot ids from a position on; fp32 logits [1, T, V], T = 1 with `last`."""
@@ -57,8 +63,9 @@ class Engine:
 
     def prefill(self, ids: list[int], slot: int, start: int = 0) -> Tensor:
         """Feed a slot ids[start:] in chunks; the last logits [1, 1, V]."""
-        for i in range(start, len(ids), self.chunk):
-            logits_BTV = self.feed(ids[i : i + self.chunk], i, slot, last=True)
+        chunk = self.chunk or len(ids)
+        for i in range(start, len(ids), chunk):
+            logits_BTV = self.feed(ids[i : i + chunk], i, slot, last=True)
         return logits_BTV
 
     def step(self, tokens, starts: list[int], sampler: Sampler) -> tuple[Tensor, Tensor]:
@@ -167,7 +174,7 @@ class Engine:
         """The logprobs of `tokens` after a prompt, by prefill in chunks, as whole logits would be
         gigabytes. A `measure` of logits [T, V] and tokens [T] may give other T numbers."""
         ids, scores = prompt_ids + tokens, []
-        chunk = min(self.chunk, 512)
+        chunk = min(self.chunk or 512, 512)
         start = time.perf_counter()
         for i in range(0, len(ids) - 1, chunk):
             targets_T = torch.tensor(ids[i + 1 : i + 1 + chunk], device=self.model.device)
@@ -200,16 +207,16 @@ def main(argv: list[str] | None = None) -> None:
     with tp.together():
         args = cli.parse_args(argv)
         model, tokenizer = load(args)
-        context = model.config.max_position_embeddings
+        context = min(model.config.max_position_embeddings, args.max_seq_length)
         maker = requests.RequestMaker.from_flags(args, tokenizer, model.config.vocab_size, context)
     load_s = time.perf_counter() - start
     wanted = []
     with tp.together():
         if not args.interactive and tp.rank == 0:
-            wanted = requests.resume(args.output, requests.read_requests(args, maker))
+            wanted = requests.resume(args.output, prompts.read_requests(args, maker))
     wanted = tp.from_first(wanted)
     sizes = [len(r.prompt_ids) + r.max_new_tokens for r in wanted]
-    length = context if args.interactive else max(sizes, default=1)
+    length = min(context, chat.LENGTH) if args.interactive else max(sizes, default=1)
     start = time.perf_counter()
     with tp.together():
         engine = build(args, model, tokenizer, length)

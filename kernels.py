@@ -159,25 +159,28 @@ class LeafPacked(Packed):
                 stacked = blocked(torch.cat(leaves))
                 self.nbytes += weight.nbytes
         self.register_buffer("stacked", stacked)
+        self.operands = (self.leaf_weights[0], self.bias)
 
     def products(self, x: Tensor) -> Tensor:
         if self.leaves == 1:
-            return exact_product(x, self.leaf_weights[0], self.bias)
+            return exact_product(x, *self.operands)
         if self.is_few(x):  # one call makes all products of leaves
             x_GK = x.reshape(*x.shape[:-1], self.leaves, -1)
-            y = exact_product(x_GK, self.stacked, None, self.leaves)
-            y = y.view(*x.shape[:-1], self.leaves, *self.shape).diagonal(dim1=-3, dim2=-2)
+            pairs = exact_product(x_GK, self.stacked, None, self.leaves)
+            pairs = pairs.view(*x.shape[:-1], self.leaves, *self.shape)
+            y = pairs.diagonal(dim1=-3, dim2=-2)  # of each leaf with its own part of x
             return y.float().movedim(-1, -2)
-        y = x.new_empty(*x.shape[:-1], *self.shape, dtype=torch.float32)
+        y = x.new_empty(self.leaves, *x.shape[:-1], self.shape[1], dtype=torch.float32)
         for i, part in enumerate(x.chunk(self.leaves, dim=-1)):
-            y[..., i, :] = exact_product(part, self.leaf_weights[i])
-        return y
+            y[i] = exact_product(part, self.leaf_weights[i])
+        return y.movedim(0, -2)
 
     def is_few(self, x: Tensor) -> bool:
         """Whether stacked leaves serve: for few rows, and each leaf has the bits it has alone."""
         if self.stacked is None or x.numel() > self.few_rows * self.leaf_weights[0].shape[1]:
             return False
-        return bool(exact_tiles(*self.stacked.shape, x.dtype, torch.get_num_threads(), self.leaves))
+        threads = torch.get_num_threads()
+        return bool(exact_tiles(*self.stacked.shape, x.dtype, threads, self.leaves))
 
 
 def exact_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, leaves=1) -> Tensor:
@@ -195,12 +198,13 @@ def fill_up(x: Tensor, *more: int, value: float = 0) -> Tensor:
 
 def product_in_tiles(x: Tensor, weight: Tensor, bias: Tensor | None, tiles: list[int]) -> Tensor:
     """A product of as many rows at a time as ascending `tiles` say; zeros fill up the last one."""
-    y = []
+    parts = []
     for tile in x.flatten(0, -2).split(tiles[-1]):
         more = next(n for n in tiles if n >= len(tile)) - len(tile)
         whole = fill_up(tile, 0, 0, 0, more)
-        y.append(product(whole, weight, bias)[: len(tile)])
-    return torch.cat(y).view(*x.shape[:-1], -1)
+        parts.append(product(whole, weight, bias)[: len(tile)])
+    y = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return y.view(*x.shape[:-1], -1)
 
 
 @contextlib.contextmanager
@@ -228,14 +232,14 @@ def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tu
 
 @functools.cache
 def exact_tiles(N: int, K: int, dtype: torch.dtype, threads: int, leaves=1) -> list[int]:
-    """The numbers of rows, powers of two up to 512, at which a product with a weight [N, K] is seen
-    to have the bits of the reference: one thread, tiles of 16 rows, each stacked leaf alone."""
+    """The numbers of rows, up to 512, at which a product with a weight [N, K] is seen to have the
+    bits of the reference: one thread, tiles of 16 rows, each stacked leaf alone."""
     x, weights = cancelling((512,), (leaves, min(N // leaves, 1 << 14)), K, dtype)
     weight = blocked(weights.flatten(0, 1))
     with one_thread():
         want = torch.cat([product_in_tiles(x, blocked(w), None, [16]) for w in weights], dim=1)
-    powers = [1 << i for i in range(10)]
-    return [n for n in powers if torch.equal(product(x[:n], weight), want[:n])]
+    counts = [*range(1, 17), 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
+    return [n for n in counts if torch.equal(product(x[:n], weight), want[:n])]
 
 
 def write_cache(k_BTGD, v_BTGD, k_cache, v_cache, pos_BT: Tensor) -> None:
@@ -348,7 +352,8 @@ def cpu_attention(q, k, v, k_cache, v_cache, pos, mask, scale, exact):
     args = (q, k_cache, v_cache, *mask, scale)
     if not exact:
         return attend(*args)
-    (B, _, H, D), G = q.shape, k_cache.shape[1]
+    B, _, H, D = q.shape
+    G = k_cache.shape[1]
     shape = (min(B, 2), min(G, 3), D, H // G)  # more of the same would show nothing new
     spans = exact_spans(*shape, q.dtype, torch.get_num_threads())
     if spans:
@@ -509,8 +514,10 @@ class TritonPacked(Packed):
             self.sum_dtype = torch.float32
         grid = None
         if zero is not None:  # as one number with the scale: a kernel loads no smaller ones ahead
-            pair = (scale.bfloat16().view(torch.int16), zero.half().view(torch.int16))
-            scale, grid = None, torch.stack(pair, dim=-1).view(torch.int32).squeeze(-1)
+            scale_bits = scale.bfloat16().view(torch.int16)
+            zero_bits = zero.half().view(torch.int16)
+            grid = torch.stack((scale_bits, zero_bits), dim=-1).view(torch.int32).squeeze(-1)
+            scale = None
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("scale", scale)
         self.register_buffer("grid", grid)

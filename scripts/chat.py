@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from scripts.checkpoint import is_first_rank, say
 from scripts.requests import RequestMaker, message
 
+LENGTH = 1024  # tokens that a conversation has room for until it needs more
+
 
 def read_line() -> str:
     """What the user types, without the blanks around it; /exit at the end of input."""
@@ -48,7 +50,11 @@ def answer(engine, history: list[dict], line: str, maker: RequestMaker) -> list[
             say(f"{len(ids)} tokens do not fit {limit}: /clear starts over")
             return history
         entry = {"id": "conversation", "prompt": line, "prompt_ids": ids}
-        for _, piece in engine.generate(maker.make(entry)[:1]):
+        request = maker.make(entry)[0]
+        length = len(ids) + request.max_new_tokens
+        if length > engine.length:  # twice as much each time, as a compiler notices
+            engine.reserve(min(max(length, 2 * engine.length), maker.context))
+        for _, piece in engine.generate([request]):
             text += piece
             print(piece, end="", flush=True)
     print(flush=True)

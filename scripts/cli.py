@@ -10,22 +10,18 @@ from pathlib import Path
 from scripts import download
 from scripts.checkpoint import Refusal, progress
 from scripts.checkpoint import say as say  # others know it as cli.say
-from scripts.requests import Request, message
+from scripts.requests import COUNT, INFINITY, Request, check_range, message
+from scripts.requests import RANGES as RANGES_OF_A_REQUEST
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 QUANTIZE_MODES = ("int8", "int4")
 GROUP_SIZES = (32, 64, 128)
 
-INFINITY = 2**62  # what fits a tensor of int64, with room to add
-COUNT = (1, INFINITY)
-RANGES = {
-    "max_new_tokens": COUNT,
-    "top_k": COUNT,
+RANGES = RANGES_OF_A_REQUEST | {
     "num_samples": COUNT,
     "batch_size": COUNT,
     "prefill_chunk": (0, INFINITY),
-    "temperature": (0, INFINITY),
-    "top_p": (1e-9, 1),
+    "max_seq_length": COUNT,
     "speculate_k": (1, 64),
 }
 EXCLUDES = {  # a flag, and those that make no sense beside it
@@ -90,13 +86,15 @@ def add_model_flags(parser: Parser) -> None:
     text = "of int4 (%(default)s)"
     parser.add("--group_size", type=int, choices=GROUP_SIZES, default=32, help=text)
     parser.path("--random_weights", "CONFIG.json", "a model of that shape, for benchmarks")
+    text = "of a prompt and its completion; less than the checkpoint's takes less memory"
+    parser.add("--max_seq_length", type=int, default=INFINITY, metavar="N", help=text)
 
 
 def add_request_flags(parser: Parser) -> None:
     parser.group("prompts")
     text = "repeatable; an integer means so many random tokens"
     parser.add("--prompt", action="append", metavar="TEXT", help=text)
-    text = ".jsonl (prompt, id, seed, max_new_tokens) or text; -: stdin"
+    text = "text, or .jsonl: prompt or messages, id, settings such as seed; -: stdin"
     parser.path("--prompts_file", "FILE", text)
     parser.switch("--chat", "apply the checkpoint's chat template")
     text = "prompt of a chat"
@@ -142,10 +140,8 @@ def system_messages(text: str) -> list[dict]:
 
 
 def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple]) -> None:
-    for flag, (low, high) in ranges.items():
-        value = getattr(args, flag)
-        if not low <= value <= high:  # nan is not, either
-            raise Refusal(f"--{flag} {value}: expected {low} to {high:g}")
+    for flag, limits in ranges.items():
+        check_range(f"--{flag}", getattr(args, flag), limits)
 
 
 def check_exclusions(args: argparse.Namespace) -> None:

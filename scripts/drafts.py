@@ -72,8 +72,12 @@ class DraftModel:
     def propose(self, slots: list, sampler) -> list[list[int]] | None:
         """k drafts a slot. None where a text outgrows the context of the smaller model."""
         engine, texts = self.engine, [c.ids if c else [0, 0] for c in slots]
-        if max(map(len, texts)) + self.k > engine.model.config.max_position_embeddings:
+        longest = max(map(len, texts)) + self.k
+        if longest > engine.model.config.max_position_embeddings:
             return None
+        if longest > engine.length:  # a conversation has grown
+            engine.reserve(2 * longest)
+            self.fed = [[] for _ in slots]
         for slot, ids in enumerate(texts):
             start = agreement(self.fed[slot], ids)
             if slots[slot] and start < len(ids) - 2:

@@ -1,23 +1,31 @@
-"""What is asked for and what comes of it: requests from the flags of generate.py and from files,
-their completions, and the lines of JSON that are read, written and resumed."""
+"""What is asked for and what comes of it: requests, their completions, and the lines of JSON that
+are written and resumed."""
 
 import contextlib
 import json
 import os
 import random
-import re
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from scripts.checkpoint import Refusal, is_first_rank, progress, refusing, say
 from scripts.tokenizer import Tokenizer
 
-# What a line of a prompts file may say of its request, and the type of that. A bool is no int here.
-ENTRY_TYPES = {"prompt": [str], "id": [str, int], "seed": [int], "max_new_tokens": [int]}
-ENTRY_RULE = "expected a text as prompt, an id of its own, integers as seed and max_new_tokens"
-JSON_BEGINS = re.compile(rb'\s*{\s*"')
+INFINITY = 2**62  # what fits a tensor of int64, with room to add
+COUNT = (1, INFINITY)
+RANGES = {
+    "max_new_tokens": COUNT,
+    "temperature": (0, INFINITY),
+    "top_k": COUNT,
+    "top_p": (1e-9, 1),
+}
+
+
+def check_range(name: str, value: float, limits: tuple[float, float]) -> None:
+    low, high = limits
+    if not low <= value <= high:  # nan is not, either
+        raise Refusal(f"{name} {value}: expected {low} to {high:g}")
 
 
 def message(role: str, text: str) -> dict:
@@ -122,7 +130,7 @@ class Completion:
 @dataclass(frozen=True)
 class RequestMaker:
     """Makes requests of entries: dicts with `id`, `prompt` and perhaps other fields of Request,
-    which go before `settings`."""
+    which go before `settings`; in a chat, perhaps `messages`, all that the prompt is the end of."""
 
     tokenizer: Tokenizer
     vocab_size: int
@@ -153,6 +161,7 @@ class RequestMaker:
             expected = f"1 to {self.context} (context), ids below {self.vocab_size}"
             raise Refusal(f"{name}: {len(ids)} tokens, expected {expected}")
         settings = self.settings | entry
+        settings.pop("messages", None)  # which are in the ids
         if settings["max_new_tokens"] > room:
             say(f"warning: {name} meets the context of {self.context} after {room} new tokens")
         settings["prompt_ids"] = ids
@@ -164,125 +173,17 @@ class RequestMaker:
         text = entry["prompt"]
         if entry.get("prompt_ids") is not None:
             return entry["prompt_ids"]
+        if self.chat:
+            alone = [*self.system, message("user", text)]
+            return self.tokenizer.encode_chat(entry.get("messages", alone))
         if self.synthetic and text.isascii() and text.isdigit():
             return self.random_ids(text)
-        if self.chat:
-            return self.tokenizer.encode_chat([*self.system, message("user", text)])
         return self.tokenizer.encode(text)
 
     def random_ids(self, digits: str) -> list[int]:
         # One more than fit is as wrong as any number; Python reads no number of 5000 digits.
         size = min(int(digits[:18]), self.context + 1)
         return random.Random(self.settings["seed"]).choices(range(self.vocab_size), k=size)
-
-
-def read_requests(args, maker: RequestMaker) -> list[Request]:
-    """Of the flag that says what is asked for: --score, --prompts_file or --prompt. Raises Refusal,
-    for a file with the number of the line."""
-    if args.score:
-        return read_score_file(args.score, maker)
-    if args.prompts_file:
-        return read_prompts_file(args.prompts_file, maker)
-    default = "128" if args.random_weights else "Hello, my name is"
-    return read_prompts(args.prompt or [default], maker)
-
-
-def read_prompts(texts: Iterable[str], maker: RequestMaker) -> list[Request]:
-    found = []
-    for i, text in enumerate(texts):
-        with refusing("--prompt", ValueError):
-            typed = os.fsencode(text)  # which may be no text
-            found += maker.make({"id": i, "prompt": plain_text(typed)})
-    return found
-
-
-def read_prompts_file(path: Path, maker: RequestMaker) -> list[Request]:
-    """A prompt a line, as plain text or, in a .jsonl file, as JSON with other settings of the
-    request. Of standard input, the first line shows which."""
-    where = f"--prompts_file {path}"
-    lines = read_lines(where, path)
-    is_json = path.suffix == ".jsonl"
-    if str(path) == "-":
-        is_json = JSON_BEGINS.match(b"".join(line for _, line in lines[:2])) is not None
-    ids = set()
-    found = []
-    for number, line in lines:
-        with refusing_line(where, number):
-            given = read_object(line) if is_json else {"prompt": plain_text(line)}
-            entry = {"id": len(ids)} | read_entry(given)
-            if entry["id"] in ids:
-                raise Refusal(ENTRY_RULE)
-            ids.add(entry["id"])
-            found += maker.make(entry)
-    return found
-
-
-def read_entry(given: dict) -> dict:
-    """What a line of JSON says of its request; other names are not looked at."""
-    entry = {"prompt": given["prompt"]}
-    for name, types in ENTRY_TYPES.items():
-        if name in given:
-            if type(given[name]) not in types:
-                raise Refusal(ENTRY_RULE)
-            entry[name] = given[name]
-    if entry.get("max_new_tokens", 1) < 1:
-        raise Refusal(ENTRY_RULE)
-    return entry
-
-
-def read_score_file(path: Path, maker: RequestMaker) -> list[Request]:
-    """Of each line with prompt_ids and tokens a request that has them all as its prompt, and room
-    for none. Lines of stats are passed over."""
-    where = f"--score {path}"
-    found = []
-    for number, line in read_lines(where, path):
-        with refusing_line(where, number):
-            given = read_object(line)
-            if "stats" not in given:
-                found += maker.make(score_entry(given))[:1]
-    if not found:
-        raise Refusal(f"{where} has no completion")
-    return found
-
-
-def score_entry(given: dict) -> dict:
-    if not given["prompt_ids"]:
-        raise Refusal("expected prompt_ids")
-    names = {"id": given.get("id"), "sample": given.get("sample")}
-    if any(isinstance(name, (list, dict)) for name in names.values()):
-        raise Refusal("expected a text or a number as id and sample")
-    ids = given["prompt_ids"] + given["tokens"]
-    return names | {"prompt": "", "prompt_ids": ids, "max_new_tokens": 0, "line": given}
-
-
-def read_lines(where: str, path: Path) -> list[tuple[int, bytes]]:
-    """The lines of a file that are not blank, with their numbers; - is standard input. Line feeds
-    alone end them: splitlines() knows characters that are part of a text."""
-    with refusing(f"{where} cannot be read", OSError, AttributeError):  # stdin may be None
-        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-    lines = enumerate(content.split(b"\n"), start=1)
-    found = [(number, line.removesuffix(b"\r")) for number, line in lines if line.strip()]
-    if not found:
-        raise Refusal(f"{where} is empty")
-    return found
-
-
-def refusing_line(where: str, number: int):
-    return refusing(f"{where}, line {number} is refused", ValueError, TypeError, KeyError)
-
-
-def plain_text(line: bytes) -> str:
-    """Some editors begin a file with a mark of its encoding. Raises UnicodeError."""
-    return line.decode("utf-8-sig")
-
-
-def read_object(line: bytes) -> dict:
-    """A line of JSON. Raises ValueError for one that is no object, or that has half a character."""
-    given = json.loads(line)
-    if not isinstance(given, dict):
-        raise Refusal("expected a JSON object")
-    json.dumps(given, ensure_ascii=False).encode()  # raises UnicodeError for half a character
-    return given
 
 
 def resume(path: Path | None, requests: list[Request]) -> list[Request]:

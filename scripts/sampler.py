@@ -1,6 +1,8 @@
 """Sampling without state: the noise for a token is a hash of (seed, sample, position, vocabulary
 id), so that a draw depends on nothing that is drawn beside it."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,8 @@ class Sampler:
         keys = torch.tensor([noise_key(r.seed, r.sample) for r in rows], device=device)
         dtypes = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float64}
         self.settings = [column(name, dtype) for name, dtype in dtypes.items()] + [keys]
-        self.k = max(r.top_k for r in rows)
+        most = max(r.top_k for r in rows)
+        self.k = 4 ** math.ceil(math.log(most, 4))  # of which there are few
         self.nucleus = any(r.top_p < 1 for r in rows)
         # What a CUDA graph of a draw has fixed. Tensors go into `settings`, which it is given.
         self.kind = (self.k, self.nucleus)

@@ -624,7 +624,7 @@ def test_prompts_jsonl(tiny, tmp_path, capsys):
     lines = [
         {"prompt": "the dog", "id": "a", "seed": 7, "max_new_tokens": 3},
         {"prompt": "fox\u2028and\u0085dog \u4f60\u597d", "seed": 8},
-        {"prompt": "12", "note": "a number is text here"},
+        {"prompt": "12"},  # a number is text here
         {"prompt": "the dog", "id": 77},
     ]
     path = tmp_path / "prompts.jsonl"
