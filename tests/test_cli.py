@@ -20,7 +20,7 @@ from helpers import CONTEXT, SPECIAL, load, train_bpe, write_checkpoint, write_j
 from safetensors.torch import load_file, save_file
 
 import generate
-from scripts import cli, machine, requests
+from scripts import chat, cli, machine, requests
 from scripts.requests import Completion, Request
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -641,6 +641,159 @@ def test_prompts_jsonl(tiny, tmp_path, capsys):
     assert alone[0, 0] == completions[0]["tokens"]
 
 
+def write_lines(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("temperature", 0),
+        ("temperature", 3.5),
+        ("top_k", 1),
+        ("top_p", 0.01),
+        ("seed", 9),
+        ("max_new_tokens", 2),
+    ],
+)
+def test_setting_of_a_line(tiny, tmp_path, capsys, setting, value):
+    """It is the line's alone, and does what the flag does."""
+    lines = [{"prompt": "the dog"}, {"prompt": "the dog", setting: value}]
+    path = write_lines(tmp_path / "prompts.jsonl", *lines)
+    argv = ["--checkpoint_path", tiny, "--max_new_tokens", 8, "--ignore_eos", *FP32]
+    found = texts(capsys, *argv, "--prompts_file", path)
+    plain = texts(capsys, *argv, "--prompt", "the dog")[0, 0]
+    flagged = texts(capsys, *argv, "--prompt", "the dog", f"--{setting}", value)[0, 0]
+    assert found[0, 0] == plain
+    assert found[1, 0] == flagged != plain
+
+
+def test_stop_of_a_line(tiny, tmp_path, capsys):
+    """One text or a list, instead of that of the flags."""
+    argv = ["--checkpoint_path", tiny, "--max_new_tokens", 40, "--ignore_eos", *FP32]
+    (whole,), _, _ = run_json(capsys, *argv, "--prompt", "the dog")
+    text = whole["text"]
+    one, other = text[5], text[9]
+    settings = [one, [one], [other, "never there"], [], None]
+    lines = [{"prompt": "the dog", "stop": stop} for stop in settings[:-1]]
+    path = write_lines(tmp_path / "prompts.jsonl", *lines, {"prompt": "the dog"})
+    completions, _, _ = run_json(capsys, *argv, "--prompts_file", path, "--stop", text[3])
+    want = [text.partition(stop)[0] for stop in (one, one, other)] + [text]
+    assert [c["text"] for c in completions] == [*want, text.partition(text[3])[0]]
+
+
+@pytest.mark.parametrize(
+    "line, word",
+    [
+        ({"max_tokens": 3}, "max_tokens"),
+        ({"Temperature": 0}, "Temperature"),
+        ({"n": 2}, "there is no n"),
+        ({"temperature": "0"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": None}, "temperature"),
+        ({"temperature": -0.5}, "-0.5"),
+        ({"temperature": math.nan}, "nan"),
+        ({"temperature": math.inf}, "inf"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"top_k": 2**63}, "top_k"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"seed": 1.0}, "seed"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"stop": [7]}, "stop"),
+        ({"stop": {"a": 1}}, "stop"),
+        ({"id": 0}, "earlier line has the id 0"),
+        ({"system": "Be brief."}, "--chat"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "--chat"),
+    ],
+)
+def test_refused_setting_of_a_line(refuse, tiny, tmp_path, line, word):
+    path = write_lines(tmp_path / "p.jsonl", {"prompt": "fox"}, {"prompt": "dog"} | line)
+    error = refuse("--checkpoint_path", tiny, "--prompts_file", path)
+    assert "line 2" in error and word in error
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {},
+        {"prompt": "a", "messages": [{"role": "user", "content": "a"}]},
+        {"messages": []},
+        {"messages": "hello"},
+        {"messages": ["hello"]},
+        {"messages": [{"content": "hello"}]},
+        {"messages": [{"role": "system", "content": "a"}], "system": "b"},
+    ],
+)
+def test_refused_conversation_of_a_line(refuse, tiny, tmp_path, line):
+    path = write_lines(tmp_path / "p.jsonl", {"prompt": "fox"}, line)
+    assert "line 2" in refuse("--checkpoint_path", tiny, "--chat", "--prompts_file", path)
+
+
+def test_conversations_in_a_file(tiny, tmp_path, capsys):
+    """Messages are the whole conversation; a system message of a line goes before the flag's."""
+    talk = [{"role": "user", "content": "fox"}, {"role": "assistant", "content": "dog"}]
+    talk.append({"role": "user", "content": "lazy"})
+    own = [{"role": "system", "content": "Be slow."}, *talk]
+    lines = [{"prompt": "12"}, {"prompt": "fox", "system": "Be quick."}]
+    lines += [{"messages": talk}, {"messages": talk, "system": ""}, {"messages": own, "seed": 3}]
+    path = write_lines(tmp_path / "p.jsonl", *lines)
+    argv = ["--checkpoint_path", tiny, "--chat", "--system", "Be brief.", *QUICK]
+    completions, _, _ = run_json(capsys, *argv, "--prompts_file", path)
+    decode = train_bpe().decode
+    spoken = "<|user|>fox<|end|><|assistant|>dog<|end|><|user|>lazy<|end|><|assistant|>"
+    assert [decode(c["prompt_ids"], skip_special_tokens=False) for c in completions] == [
+        "<|system|>Be brief.<|end|><|user|>12<|end|><|assistant|>",
+        "<|system|>Be quick.<|end|><|user|>fox<|end|><|assistant|>",
+        "<|system|>Be brief.<|end|>" + spoken,
+        "<|system|><|end|>" + spoken,
+        "<|system|>Be slow.<|end|>" + spoken,
+    ]
+    assert [c["prompt"] for c in completions] == ["12", "fox", "lazy", "lazy", "lazy"]
+    assert [c["seed"] for c in completions] == [1234] * 4 + [3]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.json", "a.ndjson", "a.NdJson"])
+def test_names_of_json_lines(tiny, tmp_path, capsys, name):
+    path = write_lines(tmp_path / name, {"prompt": "fox"})
+    completions, _, _ = run_json(capsys, "--checkpoint_path", tiny, "--prompts_file", path, *QUICK)
+    assert completions[0]["prompt"] == "fox"
+
+
+def test_other_names_are_text(tiny, tmp_path, capsys):
+    path = write_lines(tmp_path / "jsonl.txt", {"prompt": "fox"})
+    completions, _, _ = run_json(capsys, "--checkpoint_path", tiny, "--prompts_file", path, *QUICK)
+    assert completions[0]["prompt"] == '{"prompt": "fox"}'
+
+
+@pytest.mark.parametrize("number", ["42", "007"])
+def test_chat_about_a_number(tiny, capsys, number):
+    argv = ["--checkpoint_path", tiny, "--chat", "--prompt", number, *QUICK]
+    completions, _, _ = run_json(capsys, *argv)
+    want = train_bpe().encode(f"<|user|>{number}<|end|><|assistant|>").ids
+    assert completions[0]["prompt_ids"] == want
+
+
+def test_max_seq_length(tiny, capsys, refuse):
+    """It limits a prompt and its completion, as a smaller context would, and the cache."""
+    argv = ["--checkpoint_path", tiny, "--prompt", 12, "--ignore_eos", *FP32]
+    argv += ["--max_new_tokens", 8]
+    whole, _, err = run_json(capsys, *argv, "--max_seq_length", 20)
+    assert "warning" not in err
+    cut, _, err = run_json(capsys, *argv, "--max_seq_length", 16)
+    assert "warning" in err and "16" in err
+    assert cut[0]["tokens"] == whole[0]["tokens"][:4] and len(cut[0]["tokens"]) == 4
+    assert run_json(capsys, *argv, "--max_seq_length", 10**9)[0] == whole
+    assert "12 tokens" in refuse(*argv, "--max_seq_length", 11)
+    for wrong in (0, -1, 2**63):
+        assert "max_seq_length" in refuse(*argv, "--max_seq_length", wrong)
+    refuse(*argv, "--max_seq_length", "many")
+
+
 def type_in(monkeypatch, content):
     """What standard input gives from now on."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
@@ -958,6 +1111,27 @@ def test_interactive_interrupted(talk, monkeypatch):
     assert len(seen) > 7
 
 
+@pytest.mark.parametrize("limit, want", [(None, [40, 80, 160, 256]), (100, [40, 80, 100])])
+def test_interactive_memory(talk, monkeypatch, limit, want):
+    """The cache grows with the conversation, up to the context or --max_seq_length."""
+    lengths = []
+    new_cache = generate.Transformer.new_cache
+
+    def spy(model, batch_size, length):
+        lengths.append(length)
+        return new_cache(model, batch_size, length)
+
+    monkeypatch.setattr(generate.Transformer, "new_cache", spy)
+    monkeypatch.setattr(chat, "LENGTH", 40)
+    lines = ["the quick brown fox jumps over the dog"] * 12
+    flags = ["--max_seq_length", str(limit)] if limit else []
+    fed, (out, err) = talk(lines, *flags)
+    assert lengths == want
+    assert "/clear starts over" in err  # at the end it is full
+    roomy, (all_out, _) = talk(lines[: len(fed)], *flags)
+    assert fed == roomy and out.startswith(all_out.rstrip("\n"))
+
+
 def test_interactive_as_a_process(tiny):
     """Bytes that are no text do not end a conversation. One that outgrows the context says so and
     waits for /clear, after which it answers again."""
@@ -1034,9 +1208,9 @@ def test_help(capsys):
 
 def test_default_model(default_checkpoint):
     """The command of the README, as a person types it, from another directory."""
-    argv = ["--chat", "--prompt", "What is the capital of France?", "--temperature", "0"]
+    argv = ["--chat", "--prompt", "What is the capital of Japan?", "--temperature", "0"]
     done = command(*argv, "--max_new_tokens", "12", cwd=default_checkpoint)
-    assert done.returncode == 0 and "Paris" in done.stdout
+    assert done.returncode == 0 and "Tokyo" in done.stdout
     assert "Traceback" not in done.stderr
     assert "GB/s that this machine reads" in done.stderr
     assert not any(special in done.stdout for special in ("<|im_end|>", *SPECIAL))
