@@ -147,7 +147,7 @@ def with_plain_sums(folder, mode):
         return add_up(y, bias, False)
 
     tp.add_up = plain
-    found = alone(load(folder, mode, True))
+    found = logits(load(folder, mode, True))
     tp.add_up = add_up
     return found
 
@@ -160,7 +160,7 @@ def with_leaves_by_rank(folder, mode):
         return tp.world
 
     model_module.leaf_count = one_each
-    found = alone(load(folder, mode, True))
+    found = logits(load(folder, mode, True))
     model_module.leaf_count = leaf_count
     return found
 
@@ -345,6 +345,8 @@ def one(folder):
     for shape in ("8 KV heads", "3 KV heads"):
         off = load(folder, (shape, "fp32"), False)
         found[shape] = {"flag off": alone(off), "logits": logits(off)}
+        for kind in ("bf16", "fp32"):
+            found[shape][kind] = logits(load(folder, (shape, kind), True))
     return found
 
 
@@ -379,9 +381,9 @@ def test_plain_sums_or_other_leaves_have_other_bits(one, several):
     """Two numbers have only one sum, and one leaf a rank is the plan where there are eight ranks,
     or three. Leaves in bf16 would hide the order of a sum in fp32."""
     found, n = several
-    plain, full = map(str, MODES[n][:2])
-    assert (found["plain sums"] != one[full]) == (n > 2)
-    assert (found["leaves by rank"] != one[plain]) == (n in (2, 4))
+    shape, _ = MODES[n][0]
+    assert (found["plain sums"] != one[shape]["fp32"]) == (n > 2)
+    assert (found["leaves by rank"] != one[shape]["bf16"]) == (n in (2, 4))
 
 
 def test_logits_are_those_of_one(one, several):
