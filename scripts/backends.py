@@ -128,8 +128,9 @@ def read_vocab(directory: Path) -> dict:
 
 def rebuilt(content: dict, builder: Builder, settings: dict, tokens: SpecialTokens) -> str:
     """The text of a tokenizer.json with the vocabulary of `content` and the parts of a class."""
-    unk = tokens.named.get("unk_token")
-    parts = builder.parts(settings, unk.content if unk else None)
+    unknown = tokens.named.get("unk_token")
+    is_there = unknown and unknown.content in content["model"]["vocab"]
+    parts = builder.parts(settings, unknown.content if is_there else None)
     model = {"type": "BPE"} | parts.pop("model")
     for name in ("vocab", "merges"):
         model[name] = content["model"][name]

@@ -35,24 +35,18 @@ class SentencePiece:
         self.legacy = not self.is_llama if legacy is None else legacy
         self.prefix = settings.get("add_prefix_space") in (None, True)
 
-        there = self.known_tokens(content)
         tokens = SpecialTokens(directory, settings, self.names(name), {})
         self.named = {name: token.content for name, token in tokens.named.items()}
         self.tokens = {}  # those that are found before a text is cut in pieces
-        for token in [*there, *tokens.to_add(there)]:
-            if token.content:
-                self.tokens[token.content] = token
         self.ids = {}
-        places = {token.content: i for i, token in tokens.numbered.items()}
-        for text in self.tokens:
-            self.ids[text] = self.find_id(text, places)
+        self.add(self.known_tokens(content), tokens)
         self.hidden = {self.ids[text]: text for text, token in self.tokens.items() if token.special}
         self.shown = {i: text for text, i in self.ids.items() if i not in self.hidden}
-        self.marks = [*sorted(self.tokens, key=len, reverse=True)]
+        self.marks = sorted(self.tokens, key=len, reverse=True)
         groups = [f"({pattern(self.tokens[text])})" for text in self.marks]
         self.expression = re.compile("|".join(groups) or "(?!)")
-        self.first = self.end("bos_token") if settings.get("add_bos_token", True) else []
-        self.last = self.end("eos_token") if settings.get("add_eos_token") else []
+        self.first = self.end("bos_token", settings.get("add_bos_token", True))
+        self.last = self.end("eos_token", settings.get("add_eos_token", False))
 
     def names(self, name: str | None) -> dict[str, str]:
         """The tokens that have a name where no file gives them one."""
@@ -72,20 +66,28 @@ class SentencePiece:
                 found.add(AddedToken(self.pieces.id_to_piece(i), normalized=False, special=special))
         return found
 
-    def find_id(self, text: str, places: dict[str, int]) -> int:
-        """That of the model, else of the piece whose place a file gives to a token, else the next
-        that is free."""
+    def add(self, there: set[AddedToken], tokens: SpecialTokens) -> None:
+        """A token has the id that it has in the model, else that of the piece whose place a file
+        gives to it, else the next that is free."""
+        places = {token.content: i for i, token in tokens.numbered.items()}
         size = len(self.pieces)
-        i = self.pieces.piece_to_id(text)
-        if self.pieces.id_to_piece(i) == text:
-            return i
-        if places.get(text, size) < size:
-            return places[text]
-        return max([size - 1, *self.ids.values()]) + 1
+        free = size
+        for token in [*there, *tokens.to_add(there)]:
+            text = token.content
+            i = self.pieces.piece_to_id(text)
+            if self.pieces.id_to_piece(i) != text:
+                i = self.ids.get(text, places.get(text, size))
+            if i >= size and text not in self.ids:
+                i = free
+                free += 1
+            if text:
+                self.tokens[text] = token
+                self.ids[text] = i
 
-    def end(self, name: str) -> list[int]:
+    def end(self, name: str, wanted: bool) -> list[int]:
+        """What goes before or after a plain prompt."""
         token = self.named.get(name)
-        return [self.ids[token]] if token in self.ids else []
+        return [self.ids[token]] if wanted and token in self.ids else []
 
     def encode(self, text: str, bos: bool) -> list[int]:
         """With `bos`, of a plain prompt; without, of a rendered template, which has all that goes

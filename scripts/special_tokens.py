@@ -44,9 +44,12 @@ def marked_special(given):
     return given | {"special": True} if isinstance(given, dict) and is_token(given) else given
 
 
-def named_tokens(given: dict) -> dict[str, AddedToken]:
-    """Those that have a name, the known names first."""
+def named_tokens(settings: dict, of_map: dict) -> dict[str, AddedToken]:
+    """Those that have a name, the known names first. For these `of_map` counts more, for others the
+    settings."""
+    given = settings | of_map
     known = {name: given[name] for name in NAMES if given.get(name) not in (None, False)}
+    given = of_map | settings
     others = {}
     for name, value in given.items():
         if name.endswith("_token") and name not in NAMES and is_token(value):
@@ -61,7 +64,8 @@ def unnamed_tokens(settings: dict, of_map: dict) -> list[AddedToken]:
     """Those of the lists; what `of_map` lists by the older name counts only where nothing else
     does."""
     found = [settings.get(NEW_LIST) or settings.get(OLD_LIST), of_map.get(NEW_LIST)]
-    if not {NEW_LIST, OLD_LIST} & settings.keys() and NEW_LIST not in of_map:
+    named = [settings.get(name, {}) for name in (NEW_LIST, OLD_LIST)]
+    if all(isinstance(given, dict) for given in named) and NEW_LIST not in of_map:
         found = [of_map.get(OLD_LIST)]
     lists = [listed for listed in found if isinstance(listed, list)]
     return [read_token(token) for listed in lists for token in listed]
@@ -84,7 +88,7 @@ class SpecialTokens:
         if not is_complete:
             given = read_json(directory / "special_tokens_map.json", {})
             of_map = {name: marked_special(value) for name, value in given.items()}
-        self.named = named_tokens(defaults | settings | of_map)
+        self.named = named_tokens(defaults | settings, of_map)
         self.unnamed = unnamed_tokens(settings, of_map)
         self.numbered = in_json
         if is_complete:
@@ -92,11 +96,13 @@ class SpecialTokens:
             self.numbered = {int(i): read_token(token) for i, token in listed}
         else:
             older = read_json(directory / "added_tokens.json", {})
-            self.numbered = self.flagged(older) | in_json
+            listed = unnamed_tokens(settings, {NEW_LIST: of_map.get(NEW_LIST)})
+            self.numbered = self.flagged(older, listed) | in_json
 
-    def flagged(self, ids: dict[str, int]) -> dict[int, AddedToken]:
+    def flagged(self, ids: dict[str, int], listed: list[AddedToken]) -> dict[int, AddedToken]:
         """Tokens of which a file says no more than the ids: those that others name are special."""
-        special = {token.content for token in self.all()}
+        known = [self.named[name] for name in NAMES if name in self.named]
+        special = {token.content for token in [*known, *listed]}
         found = {}
         for text, i in ids.items():
             found[i] = read_token({"content": text, "special": text in special})
@@ -106,10 +112,10 @@ class SpecialTokens:
         """Those that are special, whatever their ids."""
         return [*self.named.values(), *self.unnamed]
 
-    def to_add(self, there: list[AddedToken]) -> list[AddedToken]:
+    def to_add(self, there: set[AddedToken]) -> list[AddedToken]:
         """What is to be added to a vocabulary that has the tokens `there`, in the order in which
         they get ids."""
-        found = [token for _, token in sorted(self.numbered.items()) if token not in there]
+        found = [token for _, token in sorted(self.numbered.items())]
         known = {token.content for token in [*there, *found]}
         for token in self.all():
             if token.content not in known:

@@ -27,12 +27,9 @@ class Generation(Extension):
 
 def find_template(directory: Path, settings: dict) -> str | None:
     """A file of its own goes before the settings, which may have several by name."""
-    path = directory / "chat_template.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
-    path = directory / "additional_chat_templates" / "default.jinja"
-    if path.exists():
-        return path.read_text(encoding="utf-8")
+    for file in ("additional_chat_templates/default.jinja", "chat_template.jinja"):
+        if (directory / file).exists():
+            return (directory / file).read_text(encoding="utf-8")
     given = settings.get("chat_template")
     if isinstance(given, list):
         given = {named["name"]: named["template"] for named in given}
