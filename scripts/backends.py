@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from scripts.checkpoint import Refusal, read_json
-from scripts.pipelines import BUILDERS, OF_VOCAB, Builder, builder_of_json
+from scripts.pipelines import BUILDERS, OF_VOCAB, Builder, builder_of_json, class_name, mend_words
 from scripts.special_tokens import AddedToken, SpecialTokens, read_token
 
 
@@ -27,13 +27,13 @@ class NoText:
 
 class JsonTokenizer:
     """Of a directory with tokenizer.json, or with vocab.json and merges.txt. `settings` are those
-    of tokenizer_config.json, `name` is the class. `named` are tokens by their names, `hidden` by
-    their ids: those that print nothing."""
+    of tokenizer_config.json, `config` is config.json. `named` are tokens by name, `hidden` by
+    id: those that print nothing."""
 
-    def __init__(self, directory: Path, settings: dict, name: str | None, model_type: str | None):
+    def __init__(self, directory: Path, settings: dict, config: dict):
         import tokenizers
 
-        content, builder = read_content(directory, name, model_type)
+        content, builder = read_content(directory, settings, config)
         if builder:
             listed = {t["id"]: read_token(t) for t in content.get("added_tokens", [])}
             tokens = SpecialTokens(directory, settings, builder.names, listed)
@@ -52,6 +52,7 @@ class JsonTokenizer:
             self.set_ends(settings)
         elif builder and builder.bos is not None:
             self.set_ends({"add_bos_token": builder.bos})
+        mend_words(self.tokenizer, settings, config)
         self.tokenizer.encode_special_tokens = bool(settings.get("split_special_tokens"))
         # Some are saved with a length to cut and to fill texts to, which are for training.
         self.tokenizer.no_truncation()
@@ -91,18 +92,21 @@ class JsonTokenizer:
         return self.tokenizer.get_vocab()
 
 
-def read_content(directory: Path, name: str | None, model_type: str | None):
+def read_content(
+    directory: Path, settings: dict, config: dict
+) -> tuple[str | dict, Builder | None]:
     """The text of a tokenizer.json and None; or, where a class builds the tokenizer, the content of
     that file, or of vocab.json and merges.txt put the same way, and what builds it. Raises Refusal
     for files of a class that is not known."""
     path = directory / "tokenizer.json"
+    name = class_name(settings, config)
     if not path.exists():
         if name not in OF_VOCAB:
             known = ", ".join(OF_VOCAB)
             raise Refusal(f"tokenizer_class is {name}, beside vocab.json expected one of {known}")
         return {"model": read_vocab(directory)}, BUILDERS[name]
     text = path.read_text(encoding="utf-8")
-    builder = builder_of_json(name, model_type, text)
+    builder = builder_of_json(name, config.get("model_type"), text)
     if builder:
         content = json.loads(text)
         model = content.get("model") or {}

@@ -21,6 +21,11 @@ QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+MISTRAL_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN_TYPES = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")
 AS_IN_THE_FILE = ("mistral", "mixtral")  # model types for which no class builds anything
 
@@ -144,3 +149,25 @@ def builder_of_json(name: str | None, model_type: str | None, text: str) -> Buil
     if model_type in AS_IN_THE_FILE or name == "LlamaTokenizer" and '"ByteLevel"' in text:
         return None
     return BUILDERS.get(name)
+
+
+def mend_words(tokenizer, settings: dict, config: dict) -> None:
+    """Large vocabularies of Mistral were published with a wrong rule of what a word is. Where the
+    settings ask for it, and no newer version has written the files, the right one is put in."""
+    from tokenizers import Regex, pre_tokenizers
+
+    version = str(config.get("transformers_version") or 0).split(".")[0]
+    is_new = version.isdigit() and int(version) >= 5
+    is_mistral = config.get("model_type", "mistral") == "mistral"
+    parts = tokenizer.pre_tokenizer
+    is_large = parts is not None and tokenizer.get_vocab_size() > 100_000
+    if not settings.get("fix_mistral_regex") or is_new or not is_mistral or not is_large:
+        return
+    words = pre_tokenizers.Split(Regex(MISTRAL_WORDS), behavior="isolated")
+    if isinstance(parts, pre_tokenizers.Sequence):
+        parts[0] = words
+    else:
+        if isinstance(parts, pre_tokenizers.Metaspace):
+            parts = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        parts = pre_tokenizers.Sequence([words, parts])
+    tokenizer.pre_tokenizer = parts

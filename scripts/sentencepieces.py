@@ -45,8 +45,8 @@ class SentencePiece:
         self.marks = sorted(self.tokens, key=len, reverse=True)
         groups = [f"({pattern(self.tokens[text])})" for text in self.marks]
         self.expression = re.compile("|".join(groups) or "(?!)")
-        self.first = self.end("bos_token", settings.get("add_bos_token", True))
-        self.last = self.end("eos_token", settings.get("add_eos_token", False))
+        self.first = self.end("bos", settings.get("add_bos_token", True))
+        self.last = self.end("eos", settings.get("add_eos_token", False))
 
     def names(self, name: str | None) -> dict[str, str]:
         """The tokens that have a name where no file gives them one."""
@@ -85,9 +85,10 @@ class SentencePiece:
                 self.ids[text] = i
 
     def end(self, name: str, wanted: bool) -> list[int]:
-        """What goes before or after a plain prompt."""
-        token = self.named.get(name)
-        return [self.ids[token]] if wanted and token in self.ids else []
+        """What goes before or after a plain prompt: the token of that name, else the model's."""
+        own = getattr(self.pieces, f"{name}_id")()
+        i = self.ids.get(self.named.get(f"{name}_token"), own)
+        return [i] if wanted and i >= 0 else []
 
     def encode(self, text: str, bos: bool) -> list[int]:
         """With `bos`, of a plain prompt; without, of a rendered template, which has all that goes

@@ -92,8 +92,8 @@ class SpecialTokens:
         self.unnamed = unnamed_tokens(settings, of_map)
         self.numbered = in_json
         if is_complete:
-            listed = settings["added_tokens_decoder"].items()
-            self.numbered = {int(i): read_token(token) for i, token in listed}
+            listed = settings["added_tokens_decoder"] or {}
+            self.numbered = {int(i): read_token(token) for i, token in listed.items()}
         else:
             older = read_json(directory / "added_tokens.json", {})
             listed = unnamed_tokens(settings, {NEW_LIST: of_map.get(NEW_LIST)})

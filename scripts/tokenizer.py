@@ -75,7 +75,7 @@ def find_kind(directory: Path, settings: dict, config: dict) -> JsonTokenizer | 
         return SentencePiece(directory, settings, name)
     if not is_json and not has["vocab.json"]:
         raise Refusal(f"there are none, expected {FILES}")
-    return JsonTokenizer(directory, settings, name, config.get("model_type"))
+    return JsonTokenizer(directory, settings, config)
 
 
 def end_ids(path: Path) -> set[int]:

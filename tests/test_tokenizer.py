@@ -192,6 +192,34 @@ def test_classes_of_bytes(tmp_path, name, model_type):
     check_equal(tmp_path, "<|end|>", "<|endoftext|>")
 
 
+MENDED = [
+    ("mistral", "4.57.1", True),
+    (None, None, True),
+    ("mistral", "5.0.0", False),
+    ("llama", "4.57.1", False),
+]
+
+
+@pytest.mark.parametrize("model_type, version, is_mended", MENDED)
+def test_words_of_mistral(tmp_path, model_type, version, is_mended):
+    """Large vocabularies were published with a wrong rule, which a setting mends."""
+    content = byte_level()
+    vocab = content["model"]["vocab"]
+    for i in range(len(vocab), 100_001):
+        vocab[f"unused{i}"] = i
+    words = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False}
+    bytes_of_words = content["pre_tokenizer"] | {"use_regex": False}
+    parts = [words, bytes_of_words]
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+    write_tokenizer(tmp_path, content, {"fix_mistral_regex": True}, model_type)
+    config = {"model_type": model_type, "transformers_version": version}
+    known = {name: value for name, value in config.items() if value}
+    write_json(tmp_path / "config.json", known)
+    ours = check_equal(tmp_path)
+    found = ours.kind.tokenizer.pre_tokenizer.pre_tokenize_str("12")
+    assert len(found) == (2 if is_mended else 1)
+
+
 # ---- vocab.json and merges.txt
 
 
@@ -329,6 +357,14 @@ def test_pieces_of_no_class(tmp_path, kind):
     assert ids[: len(end) + 2] == [1, *end, 2] and ids != [1, *end, 2, *fox, x, *the]
     words = "".join(pieces.id_to_piece(i) for i in ids if i < x)
     assert words == "<s>▁the▁dog</s>foxthe"
+
+
+@pytest.mark.parametrize("bos", ["", None, "<s>", {"content": "<s>"}])
+def test_pieces_begin_with_bos(tmp_path, bos):
+    """Some early files leave its text out: the model knows it."""
+    train_pieces(tmp_path)
+    write_json(tmp_path / "tokenizer_config.json", {"bos_token": bos, "added_tokens_decoder": None})
+    assert Tokenizer(tmp_path).encode("the")[0] == 1
 
 
 def test_pieces_without_bytes(tmp_path):
