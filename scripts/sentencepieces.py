@@ -31,6 +31,8 @@ class SentencePiece:
         self.inner = SentencePieceProcessor(model_proto=content + NO_SPACE_FIRST)
         self.plain = SentencePieceProcessor(model_proto=content + AS_IT_IS)
         self.is_llama = name in LLAMA
+        has_bytes = any(map(self.pieces.is_byte, range(len(self.pieces))))
+        self.only_known = name == "LlamaTokenizer" and not has_bytes
         legacy = settings.get("legacy") if name != "CodeLlamaTokenizer" else False
         self.legacy = not self.is_llama if legacy is None else legacy
         self.prefix = settings.get("add_prefix_space") in (None, True)
@@ -111,8 +113,11 @@ class SentencePiece:
         text = text.replace(" ", "▁")
         if prefix and not text.startswith("▁"):
             text = "▁" + text
-        # Letters that are neither pieces nor bytes are left out.
-        return [i for i in self.plain.encode(text) if i != self.pieces.unk_id()]
+        return self.plain.encode("".join(filter(self.is_known, text)))
+
+    def is_known(self, letter: str) -> bool:
+        """Class LlamaTokenizer leaves out what is neither a piece nor bytes."""
+        return not self.only_known or self.pieces.piece_to_id(letter) != self.pieces.unk_id()
 
     def decode(self, ids: list[int]) -> str:
         text = ""

@@ -375,7 +375,8 @@ def test_pieces_without_bytes(tmp_path):
     settings = {"add_bos_token": False, "tokenizer_class": "LlamaTokenizer"}
     write_json(tmp_path / "tokenizer_config.json", settings)
     reference = as_transformers(tmp_path, pieces, {}, [])
-    assert Tokenizer(tmp_path).encode("the 你好") == reference("the 你好").input_ids
+    for text in ["the 你好", "\t\tthe\ndog", "a\n a", "\nthe"]:
+        assert Tokenizer(tmp_path).encode(text) == reference(text).input_ids
 
 
 # ---- end tokens
