@@ -27,7 +27,7 @@ world = int(os.environ.get("WORLD_SIZE", 1))
 def start() -> None:
     """Join the other ranks, if torchrun has started some, of which only the first prints."""
     if rank:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # A chat waits as long as its user thinks.

@@ -146,7 +146,7 @@ def row(model: Transformer, cell: Cell, seconds: list[float], limit: float) -> l
 
 def table(args: argparse.Namespace) -> None:
     cells = choose_cells(args)
-    lock = open(args.lock, "w") if args.lock else tempfile.TemporaryFile()
+    lock = open(args.lock, "w", encoding="utf-8") if args.lock else tempfile.TemporaryFile()
     fcntl.flock(lock, fcntl.LOCK_SH)  # nobody measures while others load
     models = load_models(args)
     model = models[0]
@@ -166,7 +166,7 @@ def table(args: argparse.Namespace) -> None:
         values = row(model, cell, seconds, limit)
         print(f"| {cell.kind} | " + " | ".join(f"{x:.4g}" for x in values[1:]) + " |", flush=True)
         if args.output and not tp.rank:
-            with args.output.open("a") as file:
+            with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(dict(zip(names, values, strict=True))) + "\n")
 
 

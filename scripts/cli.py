@@ -2,6 +2,7 @@
 be, and errors as one line."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -111,7 +112,7 @@ def add_request_flags(parser: Parser) -> None:
     parser.number("--seed", default.seed, "of the noise")
     parser.number("--num_samples", 1, "completions of each prompt")
     text = "end a completion there; repeatable"
-    parser.add("--stop", action="append", default=[], metavar="TEXT", help=text)
+    parser.add("--stop", action="append", type=typed, default=[], metavar="TEXT", help=text)
     parser.switch("--ignore_eos", "go on past the end token")
 
 
@@ -135,8 +136,16 @@ def add_running_flags(parser: Parser) -> None:
     parser.path("--output", "FILE", "append those lines to FILE; a rerun skips what is there")
 
 
+def typed(text: str) -> str:
+    """What was typed is UTF-8, whatever Python took it for."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no text, expected UTF-8") from None
+
+
 def system_messages(text: str) -> list[dict]:
-    return [message("system", text)]
+    return [message("system", typed(text))]
 
 
 def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple]) -> None:
@@ -160,6 +169,7 @@ def run(steps: list[Callable], *more_errors: type[Exception]) -> None:
     which is what `more_errors` mean as well, is one line and status 2, a bug one line and status 1;
     with GPT_EXACT_DEBUG=1 both are tracebacks."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    speak_utf8()
     try:
         for step in steps:
             status = step() or 0
@@ -178,6 +188,15 @@ def run(steps: list[Callable], *more_errors: type[Exception]) -> None:
     if several:  # whose threads may abort an orderly end
         os._exit(status)
     sys.exit(status)
+
+
+def speak_utf8() -> None:
+    """Texts are UTF-8, whatever the locale is. Tests put something else in a stream's place."""
+    kinds = {"stdin": "surrogateescape", "stdout": "strict", "stderr": "backslashreplace"}
+    for name, errors in kinds.items():
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
 
 
 def progress_of(work: str) -> Callable[[int, int], None]:

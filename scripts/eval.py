@@ -17,6 +17,7 @@ if __name__ == "__main__":  # its own folder has names that would hide those of 
 import generate  # noqa: E402
 from scripts import cli  # noqa: E402
 from scripts.checkpoint import Refusal, refusing  # noqa: E402
+from scripts.tokenizer import Tokenizer  # noqa: E402
 
 
 def score(engine, ids: list[int], first: int) -> tuple[list[float], bool]:
@@ -61,21 +62,31 @@ def run_tasks(engine, names: str, limit: int | None) -> str:
     return utils.make_table(simple_evaluate(adapter(engine), **settings))
 
 
+def prefix_token(tokenizer: Tokenizer) -> int:
+    """What lm_eval puts before a text that nothing goes before: BOS, whether or not prompts get it,
+    else EOS."""
+    for name in ("bos_token", "eos_token"):
+        token = tokenizer.id_of(name)
+        if token is not None:
+            return token
+    return min(tokenizer.eos_ids, default=0)
+
+
 def adapter(engine):
     """The engine as a model of lm_eval."""
     from lm_eval.api.model import LM
 
     encode = engine.tokenizer.encode
     window = engine.model.config.max_position_embeddings
-    end = min(engine.tokenizer.eos_ids, default=0)
+    first = prefix_token(engine.tokenizer)
 
     class Adapter(LM):
         def one(self, before: str, text: str) -> tuple[float, bool]:
             whole = encode(before + text)
             known = encode(before.rstrip())  # a token of the text may begin with a space
             if not known:
-                known = [end]
-                whole = [end, *whole]
+                known = [first]
+                whole = [first, *whole]
             cut = max(len(whole) - window, 0)
             logprobs, likeliest = score(engine, whole[cut:], max(len(known) - cut, 1))
             return math.fsum(logprobs), likeliest
@@ -87,7 +98,7 @@ def adapter(engine):
             totals = []
             for request in requests:
                 (text,) = request.args
-                ids = (encode("") or [end]) + encode(text, bos=False)
+                ids = (encode("") or [first]) + encode(text, bos=False)
                 totals.append(log_likelihood(engine, ids, window, window // 2))
             return totals
 

@@ -31,7 +31,7 @@ HUGE_PAGE = 2 << 20
 def last_cache() -> int:
     """Bytes of the largest cache of a CPU, 0 where the system does not say."""
     path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-    size = path.read_text().strip() if path.exists() else "0K"
+    size = path.read_text(encoding="utf-8").strip() if path.exists() else "0K"
     return int(size.removesuffix("K")) << 10
 
 
@@ -69,7 +69,7 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
 
     status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else []:
+    for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else []:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) << 10
     return 0
@@ -94,7 +94,7 @@ def tune_memory(device: torch.device, huge_pages: bool) -> None:
 def collapse_pages(libc: ctypes.CDLL) -> None:
     """Move anonymous memory to huge pages. It takes a second or two for each gigabyte, and decoding
     then reads 6 % more a second."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
         addresses = line.split()[0]
         start, end = (int(address, 16) for address in addresses.split("-"))
         is_file = "/" in line
@@ -243,7 +243,7 @@ def profile(path: str | None):
     if path is None:
         yield
         return
-    with open(path, "w"):  # to see now whether it can be written
+    with open(path, "w", encoding="utf-8"):  # to see now whether it can be written
         pass
     with torch.profiler.profile() as profiler:
         yield

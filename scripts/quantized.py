@@ -69,7 +69,7 @@ def write_config(source: Path, work: Path, mode: str, group_size: int) -> None:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     how = {"quant_method": "gpt-exact", "mode": mode, "group_size": group_size}
     config["quantization_config"] = how
-    (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (work / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -58,6 +58,7 @@ class Completion:
         self.request = request
         self.tokenizer = tokenizer
         self.eos_ids = () if request.ignore_eos else tokenizer.eos_ids
+        self.names = getattr(tokenizer, "hidden", {})  # of the tokens that print nothing
         self.ids = list(request.prompt_ids)  # of the prompt and of what is new
         self.tokens = []
         self.logprobs = []
@@ -66,6 +67,10 @@ class Completion:
         self.text = ""  # it ends with the text of tokens[base:read]
         self.base = self.read = 0
         self.shown = 0  # characters of the text that have been returned
+        # Stop strings may name special tokens, which print nothing: here they are written out.
+        self.spelled = ""
+        self.hidden = []  # where such tokens begin and end in it
+        self.sought = 0  # before there, nothing of it begins a stop string
 
     def push(self, token: int, logprob: float) -> str:
         """Add a token that was drawn; returns the text that has become certain: no half characters,
@@ -92,23 +97,33 @@ class Completion:
         is_half_a_character = now.endswith("\ufffd")
         if self.finish_reason or not is_half_a_character:
             self.text += now[len(before) :]
+            self.spelled += now[len(before) :]
             self.base = self.read
             self.read = len(self.tokens)
+        token = self.names.get(self.tokens[-1])
+        if token is not None:
+            start = len(self.spelled)
+            self.spelled += token
+            self.hidden.append((start, len(self.spelled)))
 
     def certain_length(self) -> int:
         """How many characters of the text nothing that comes can take back. Cuts the text at a stop
         string, and finishes there."""
-        starts = [self.text.find(stop, self.shown) for stop in self.request.stop]
-        starts = [i for i in starts if i >= 0]
+        stops = self.request.stop
+        starts = [self.text.find(stop, self.shown) for stop in stops]
+        spelled = [self.spelled.find(stop, self.sought) for stop in stops]
+        starts = [i for i in starts if i >= 0] + [self.printed(i) for i in spelled if i >= 0]
         if starts:
             self.text = self.text[: min(starts)]
             self.finish_reason = "stop"
         elif not self.finish_reason:
-            for i in range(self.shown, len(self.text)):
-                end = self.text[i:]  # which a stop string may begin with
-                if any(stop.startswith(end) for stop in self.request.stop):
-                    return i
+            self.sought = begins(self.spelled, self.sought, stops)
+            return min(begins(self.text, self.shown, stops), self.printed(self.sought))
         return len(self.text)
+
+    def printed(self, place: int) -> int:
+        """Where in the text a place of the spelled one is. Within a token it is before it."""
+        return place - sum(min(end, place) - start for start, end in self.hidden if start < place)
 
     def json(self) -> str:
         """The line of --json; of --score, the line that was read with other logprobs."""
@@ -125,6 +140,14 @@ class Completion:
             "seed": self.request.seed,
         }
         return json.dumps(line | {"logprobs": self.logprobs}, ensure_ascii=False)
+
+
+def begins(text: str, start: int, stops: Sequence[str]) -> int:
+    """Where, from `start` on, a stop string may begin that goes on behind the end; else the end."""
+    for i in range(start, len(text)):
+        if any(stop.startswith(text[i:]) for stop in stops):
+            return i
+    return len(text)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from helpers import train_bpe, write_checkpoint
+from helpers import SPECIAL, train_bpe, write_checkpoint, write_json
 
 import generate
 from scripts import cli
@@ -110,14 +110,14 @@ def request(*args):
 def test_likelihoods_are_those_of_score(engine, lm_eval):
     """A space before a text belongs to it, whichever of the two has it."""
     pairs = [("The quick brown", " fox jumps"), ("The quick brown ", "fox"), ("", "The dog")]
-    end = min(engine.tokenizer.eos_ids)
+    bos = 0  # prompts get none
     wanted = []
     for before, text in pairs:
         known = engine.tokenizer.encode(before.rstrip())
         ids = engine.tokenizer.encode(before + text)
         if not known:
-            known = [end]
-            ids = [end, *ids]
+            known = [bos]
+            ids = [bos, *ids]
         wanted.append(math.fsum(engine.score(ids[: len(known)], ids[len(known) :])))
     requests = [request(*pair) for pair in pairs]
     found = evaluation.adapter(engine).loglikelihood(requests)
@@ -137,18 +137,30 @@ def test_a_text_past_the_context(engine, lm_eval):
     assert found == wanted
 
 
-@pytest.mark.parametrize("bos", [False, True])
-def test_a_whole_text_begins_with_bos_or_an_end(directory, tmp_path, lm_eval, bos):
-    """Only what the text says is scored."""
+# Whether prompts begin with BOS, what tokenizer_config.json says, and the first token.
+FIRST = [
+    (False, {"bos_token": "<|bos|>", "eos_token": "<|end|>"}, "<|bos|>"),
+    (True, {"bos_token": "<|bos|>", "eos_token": "<|end|>"}, "<|bos|>"),
+    (False, {"bos_token": None, "eos_token": "<|stop|>"}, "<|stop|>"),
+    (False, {"eos_token": {"content": "<|user|>"}}, "<|user|>"),
+    (False, {}, "<|end|>"),
+]
+
+
+@pytest.mark.parametrize("bos, settings, first", FIRST)
+def test_a_whole_text_begins_with_bos_or_an_end(directory, tmp_path, lm_eval, bos, settings, first):
+    """Only what the text says is scored. BOS goes first though prompts get none."""
     path = tmp_path / "copy"
     path.mkdir()
     for file in directory.iterdir():
         (path / file.name).symlink_to(file)
     (path / "tokenizer.json").unlink()
+    (path / "tokenizer_config.json").unlink()
     train_bpe(bos).save(str(path / "tokenizer.json"))
+    write_json(path / "tokenizer_config.json", settings)
     engine = make_engine(path)
-    first = 0 if bos else min(engine.tokenizer.eos_ids)
-    wanted = math.fsum(engine.score([first], train_bpe().encode(TEXT).ids))
+    ids = [SPECIAL.index(first), *train_bpe().encode(TEXT).ids]
+    wanted = math.fsum(engine.score(ids[:1], ids[1:]))
     (found,) = evaluation.adapter(engine).loglikelihood_rolling([request(TEXT)])
     assert found == pytest.approx(wanted, abs=1e-6)
 

@@ -190,6 +190,66 @@ def test_text_leaves_special_tokens_out(tokenizer):
     assert completion.text == "the dog jumps" and completion.finish_reason == "length"
 
 
+END, USER = (SPECIAL.index(f"<|{name}|>") for name in ("end", "user"))
+STOPS = [
+    # what the model says; a stop string; the text, and how many tokens are read
+    (["the dog", USER, " jumps"], "<|user|>", "the dog"),
+    (["the dog", USER, " jumps"], "dog<|user|>", "the "),
+    (["the dog", USER, " jumps"], "|>", "the dog"),
+    (["the dog", USER, " jumps"], "user|> ju", "the dog"),
+    (["the dog", USER, " jumps"], "<|user|> jumps", "the dog"),
+    (["the dog", USER, USER, " jumps"], "g<|user|><|user|>", "the do"),
+    (["the dog", USER, USER, " jumps"], "|><|user", "the dog"),
+    (["the dog", USER, " jumps"], "dog jump", "the "),  # as it is printed
+    (["the dog", USER, " jumps", END], "s<|end|>", "the dog jump"),
+    (["the dog", END, " jumps"], "<|end|>", "the dog"),
+    ([USER, "the dog", END], "<|user|>", ""),
+    ([USER, "the dog"], "<|user|>t", ""),
+    (["the dog", USER, " jumps"], "<|user|>the", None),
+    (["the dog", USER, " jumps"], "dog<|end|>", None),
+    (["the dog", USER, " né"], "<|user|> né", "the dog"),
+]
+
+
+@pytest.mark.parametrize("parts, stop, wanted", STOPS)
+def test_stop_strings_of_special_tokens(tokenizer, parts, stop, wanted):
+    """A special token prints nothing, and ends a completion where a stop string names it, or
+    begins, ends or straddles it."""
+    script = []
+    for part in parts:
+        script += [part] if isinstance(part, int) else plain(part)
+    whole = "".join(part for part in parts if isinstance(part, str))
+    completion, pieces = say(tokenizer, script, stop=(stop, "never"), ignore_eos=True)
+    assert completion.finish_reason == ("length" if wanted is None else "stop")
+    assert completion.text == (whole if wanted is None else wanted)
+    # Several at once: the first that is complete counts.
+    completion, _ = say(tokenizer, script, stop=("<|user|>!", stop), ignore_eos=True)
+    assert completion.text == (whole if wanted is None else wanted)
+
+
+def test_stop_strings_anywhere_in_what_is_said(tokenizer):
+    """Of random tokens, a third of them special, the text ends before the first place where a
+    part of all that was said begins, special tokens written out."""
+    rng = random.Random(3)
+    for _ in range(300):
+        ids = [rng.choice([rng.randrange(6), rng.randrange(6, 380), 70]) for _ in range(12)]
+        parts = [SPECIAL[i] if i < 6 else tokenizer.decode([i]) for i in ids]
+        if is_broken(parts):
+            continue
+        said = "".join(parts)
+        start = rng.randrange(len(said))
+        stop = said[start : start + rng.randint(1, 14)]
+        printed = []  # of each character, how many are printed before it
+        for i, part in zip(ids, parts, strict=True):
+            shown = sum(is_shown for _, is_shown in printed)
+            printed += [(shown + (i >= 6) * k, i >= 6) for k in range(len(part))]
+        text = "".join(part for i, part in zip(ids, parts, strict=True) if i >= 6)
+        ends = [printed[said.find(stop)][0], *[text.find(stop)] * (stop in text)]
+        completion, _ = say(tokenizer, ids, stop=(stop,), ignore_eos=True)
+        assert completion.finish_reason == "stop"
+        assert completion.text in [text[:end] for end in ends]
+
+
 def test_streamed_characters_are_whole(tokenizer):
     """Letters of several tokens come in one piece."""
     text = "né 你好 🙂👩‍👧 ü\u0308 end"
