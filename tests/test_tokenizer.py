@@ -471,8 +471,10 @@ def test_places_of_templates(tmp_path):
 def test_templates_of_other_names(tmp_path):
     given = [{"name": "tool_use", "template": "a"}, {"name": "rag", "template": "b"}]
     write_tokenizer(tmp_path, byte_level(), {"chat_template": given})
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.encode("a")  # without a chat, there is no need of one
     with pytest.raises(Refusal, match="tool_use, rag, expected one called default"):
-        Tokenizer(tmp_path)
+        tokenizer.encode_chat([message("user", "a")])
 
 
 # ---- a locale that knows no letters
