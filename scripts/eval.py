@@ -77,7 +77,7 @@ def adapter(engine):
     from lm_eval.api.model import LM
 
     encode = engine.tokenizer.encode
-    window = engine.model.config.max_position_embeddings
+    window = engine.length
     first = prefix_token(engine.tokenizer)
 
     class Adapter(LM):
@@ -114,7 +114,7 @@ def report_perplexity(engine, path: str, window: int, stride: int) -> None:
         ids = engine.tokenizer.encode(Path(path).read_text(encoding="utf-8"))
     if len(ids) < 2:
         raise Refusal(f"--text {path} has {len(ids)} tokens, expected 2 or more")
-    window = min(window, engine.model.config.max_position_embeddings)
+    window = min(window, engine.length)
     if stride >= window:
         stride = window // 2
     total = log_likelihood(engine, ids, window, stride)
@@ -129,7 +129,12 @@ def main() -> None:
     if not 0 < args.stride < args.window or bool(args.text) == bool(args.tasks):
         raise Refusal("expected --text FILE or --tasks NAME,... and 0 < --stride < --window")
     model, tokenizer = generate.load(args)
-    engine = generate.Engine(model, tokenizer, 1, model.config.max_position_embeddings)
+    length = min(model.config.max_position_embeddings, args.max_seq_length)
+    if length < 2:
+        raise Refusal(f"a context of {length} tokens has nothing to score, expected 2 or more")
+    if args.text:
+        length = min(length, args.window)
+    engine = generate.Engine(model, tokenizer, 1, length)
     if args.tasks:
         print(run_tasks(engine, args.tasks, args.limit or None))
     else:

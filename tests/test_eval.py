@@ -262,3 +262,9 @@ def test_a_short_context(directory, tmp_path, text, monkeypatch, capsys, context
     found = perplexity()
     assert found == perplexity("--window", context, "--stride", context // 2)
     assert found != perplexity("--window", context, "--stride", context - 1)
+    if context == 256:
+        assert found != perplexity("--max_seq_length", 64)
+    else:
+        assert found == perplexity("--max_seq_length", 64)
+    assert run(monkeypatch, "--text", text, "--checkpoint_path", path, "--max_seq_length", 1) == 2
+    assert "expected 2 or more" in capsys.readouterr().err
