@@ -75,6 +75,20 @@ def peak_memory(device: torch.device) -> int:
     return 0
 
 
+def check_fits(device: torch.device, needed: int, what: str) -> None:
+    """Raise Refusal where that is more than all memory of the device: before any is asked for."""
+    total = needed
+    status = Path("/proc/meminfo")
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+    elif status.exists():
+        lines = [line.split() for line in status.read_text().splitlines()]
+        total = sum(int(kb) << 10 for name, kb, *_ in lines if name in ("MemTotal:", "SwapTotal:"))
+    if needed > total:
+        size = f"{needed / 1e9:.0f} GB"
+        raise Refusal(f"{what} takes {size} or more, and {device} has {total / 1e9:.0f} GB")
+
+
 def tune_memory(device: torch.device, huge_pages: bool) -> None:
     """After loading: have the allocator keep the memory it has, and move that to huge pages."""
     if sys.platform != "linux" or device.type != "cpu":
