@@ -495,7 +495,7 @@ def padded(folder, path, rows):
     shutil.copytree(folder, path)
     weights = load_file(path / "model.safetensors")
     for i, name in enumerate(("model.embed_tokens.weight", "lm_head.weight")):
-        more = randn(rows, weights[name].shape[1], seed=i)
+        more = 0.3 * randn(rows, weights[name].shape[1], seed=i)
         weights[name] = torch.cat((weights[name], more))
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     config = json.loads((path / "config.json").read_text())
