@@ -133,6 +133,7 @@ def read_shape(path: Path, quantization: str | None = None, group_size=32) -> Mo
         _, family = FAMILIES[architecture]
         given |= family
         given |= {"qkv_bias": given["attention_bias"], "qk_norm": False} | family
+        settings.check(given)
         stored = given["quantization"]
         mode, given["group_size"] = stored.get("mode"), stored.get("group_size", 32)
         given["quantization mode"] = mode
@@ -174,7 +175,8 @@ def sizes(given: dict) -> dict[str, int]:
         found["intermediate_size"] = settings.size(given, "moe_intermediate_size")
     kv_heads, head_dim = found["num_key_value_heads"], found["head_dim"]
     if heads % kv_heads:
-        raise checkpoint.Refusal(f"expected KV heads that divide the {heads} heads, not {kv_heads}")
+        expected = f"expected KV heads that divide the {heads} heads"
+        raise checkpoint.Refusal(f"num_key_value_heads is {kv_heads}, {expected}")
     if head_dim % 2:
         raise checkpoint.Refusal(f"head_dim is {head_dim}, expected an even number")
     return found

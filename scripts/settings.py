@@ -59,15 +59,22 @@ def in_one_spelling(config: dict) -> dict:
     given = DEFAULTS | FAMILY_DEFAULTS.get(architecture, {}) | given
     given["architecture"] = architecture
     given["quantization"] = quantization(given)
-    for name in FLAGS:
-        if given[name] not in (True, False):
-            raise Refusal(f"{name} is {given[name]!r}, expected true or false")
-    for name, largest in LARGEST_SIZES.items():
-        if type(given.get(name)) is int and given[name] > largest:
-            raise Refusal(f"{name} is {given[name]}, expected {largest} at most")
-    number("rms_norm_eps", given["rms_norm_eps"], zero=True)
-    check_end_tokens(given.get("eos_token_id", []))
     return given
+
+
+def check(settings: dict) -> None:
+    """What means the same in all families."""
+    for name in FLAGS:
+        if settings[name] not in (True, False):
+            raise Refusal(f"{name} is {settings[name]!r}, expected true or false")
+    for name, largest in LARGEST_SIZES.items():
+        if type(settings.get(name)) is int and settings[name] > largest:
+            raise Refusal(f"{name} is {settings[name]}, expected {largest} at most")
+    number("rms_norm_eps", settings["rms_norm_eps"], zero=True)
+    ends = settings.get("eos_token_id")
+    for i in ends if isinstance(ends, list) else [ends]:
+        if i is not None and type(i) is not int:
+            raise Refusal(f"eos_token_id has {i!r}, expected an integer or a list of them")
 
 
 def quantization(given: dict) -> dict:
@@ -84,16 +91,10 @@ def quantization(given: dict) -> dict:
     return config
 
 
-def check_end_tokens(ids) -> None:
-    for i in ids if isinstance(ids, list) else [ids]:
-        if type(i) is not int:
-            raise Refusal(f"eos_token_id has {i!r}, expected an integer or a list of them")
-
-
 def size(settings: dict, name: str) -> int:
     value = settings[name]
     if type(value) is not int or value < 1:
-        raise Refusal(f"{name} is {value!r}, expected an integer > 0")
+        raise Refusal(f"{name} is {value}, expected an integer > 0")
     return value
 
 
@@ -120,7 +121,7 @@ def windows(settings: dict) -> list[int | None]:
 
 
 def check_layer_types(settings: dict) -> None:
-    """Of all families, also of those whose layers are all alike."""
+    """Also of a family whose layers are all alike, and that looks at none of them."""
     kinds = settings.get("layer_types") or []
     for kind in kinds:
         if kind not in ("full_attention", "attention", "sliding_attention"):

@@ -581,11 +581,15 @@ NOTHING = {
     "true for an end": (LLAMA, {"eos_token_id": True}, "eos_token_id has True"),
     "negative window": (MISTRAL, {"sliding_window": -5}, "sliding_window is -5"),
     "no window": (MIXTRAL, {"sliding_window": 0}, "sliding_window is 0"),
-    "text for a window": (QWEN2, SLIDING | {"sliding_window": "5"}, "sliding_window is '5'"),
+    "text for a window": (
+        QWEN2,
+        SLIDING | {"sliding_window": "5"},
+        "sliding_window is 5, expected an integer",
+    ),
     "layers": (QWEN2, {"layer_types": ["full_attention", "conv"]}, "layer_types has 'conv'"),
     "layers of a llama": (LLAMA, {"layer_types": ["mamba"] * 2}, "layer_types has 'mamba'"),
     "too few layers": (QWEN3, {"layer_types": ["full_attention"]}, "layer_types has 1"),
-    "kv heads": (LLAMA, {"num_key_value_heads": 3}, "KV heads that divide the 4 heads, not 3"),
+    "kv heads": (LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads is 3, .* the 4 heads"),
     "more kv heads": (LLAMA, {"num_key_value_heads": 8}, "KV heads"),
     "gelu": (LLAMA, {"hidden_act": "gelu"}, "hidden_act gelu"),
     "per layer": (LLAMA, {"per_layer_config": {"0": {}}}, "per_layer_config"),
@@ -614,8 +618,10 @@ def test_no_epsilon_is_one(tmp_path):
     assert_like_transformers(write(tmp_path / "m", LLAMA | {"rms_norm_eps": 0.0}))
 
 
-def test_ones_and_zeros_are_flags(tmp_path):
-    config = LLAMA | {"tie_word_embeddings": 1, "attention_bias": 0}
+def test_what_means_the_same_is_not_refused(tmp_path):
+    """Nor is what the family does not look at."""
+    config = LLAMA | {"tie_word_embeddings": 1, "attention_bias": 0, "hidden_act": "swish"}
+    config |= {"use_sliding_window": "no", "eos_token_id": [2, None], "sliding_window": "5"}
     found = read_config(write_config(tmp_path, config))
     assert found.tie_word_embeddings is True and found.attention_bias is False
 

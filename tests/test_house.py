@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LADDER = ["kernels", "tp", "quantize", "model", "generate"]  # each may import those before it
 LOWER = LADDER[:-1]
-PLUMBING = ["checkpoint", "tokenizer", "requests", "chat", "cli"]
+PLUMBING = ["checkpoint", "settings", "tokenizer", "requests", "chat", "cli"]
 NO_ROOT = ["machine", "drafts"]
 
 
