@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+import model as model_module
 import quantize
 import scripts.families  # noqa: F401  (it enters them into FAMILIES)
 import tp
 from kernels import BATCH_INVARIANT, FAST, InputError
-from model import FAMILIES, ROPE_SETTINGS, ModelConfig, Transformer
+from model import FAMILIES, ModelConfig, Transformer
 from scripts import checkpoint, cli, download, drafts, machine, settings
 from scripts.tokenizer import Tokenizer
 
@@ -41,16 +42,18 @@ def load(args, ranks: int | None = None) -> tuple[Transformer, Tokenizer]:
         with checkpoint.refusing("the default checkpoint cannot be had", ValueError, ImportError):
             download.fetch(directory)
     path = shape or directory / "config.json"
-    config = (read_shape if shape else read_config)(path, args.quantize, args.group_size)
+    read = read_shape if shape else read_config
+    config = read(path, args.quantize, args.group_size)
+    angles = config.max_position_embeddings * config.head_dim // 2
+    # Of each in fp32 itself, its cos and its sin, and these once more in one table.
+    machine.check_fits(device, 5 * 4 * angles, f"{path}: a table of positions")
     tokenizer = Tokenizer(None if shape else directory)
     if shape:
         config = replace(config, stored=False)  # random weights are quantized while loading
     ops = BATCH_INVARIANT if args.deterministic else FAST
-    table = torch.float32.itemsize * config.head_dim * config.max_position_embeddings
-    machine.check_fits(device, table, f"{path}: a table of positions")
     model = Transformer(config, ops, device, PRECISIONS[args.precision], ranks or tp.world)
-    machine.check_fits(device, least_bytes(model), f"{path}: a model")
     if shape:
+        machine.check_fits(device, least_bytes(model), f"{path}: a model")
         machine.randomize(model)
     else:
         slices = checkpoint.open_weights(directory, tensor_shapes(model))
@@ -64,10 +67,10 @@ def tensor_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 
 
 def least_bytes(model: Transformer) -> int:
-    """What the weights that a step reads take at least, at each rank."""
+    """What its weights take at least, at each rank."""
     needed = 0
     for layer in model.loaders:
-        weights = 0 if layer is model.embed else sum(map(math.prod, layer.shapes.values()))
+        weights = sum(map(math.prod, layer.shapes.values()))
         needed += weights // 2 if layer.mode else weights * model.dtype.itemsize
     return needed // model.ranks
 
@@ -165,7 +168,8 @@ def one_of(name: str, value, choices):
 
 def sizes(given: dict) -> dict[str, int]:
     """Those of ModelConfig. The experts of a mixture have an intermediate size of their own."""
-    heads, given = settings.size(given, "num_attention_heads"), dict(given)
+    given = dict(given)
+    heads = settings.size(given, "num_attention_heads")
     if given.get("num_key_value_heads") is None:
         given["num_key_value_heads"] = heads
     if given.get("head_dim") is None:
@@ -184,12 +188,13 @@ def sizes(given: dict) -> dict[str, int]:
 
 def rope_parameters(given: dict, windows: list[int | None]) -> dict:
     """As ModelConfig has them. A kind that is not supported is refused wherever it stands."""
+    kinds = model_module.ROPE_SETTINGS
     for rope in settings.rope_places(given):
-        one_of("rope_type", settings.rope_type(rope), list(ROPE_SETTINGS))
+        one_of("rope_type", settings.rope_type(rope), list(kinds))
         one_of("partial_rotary_factor", rope.get("partial_rotary_factor"), [None, 1])
     one_of("partial_rotary_factor", given.get("partial_rotary_factor"), [None, 1])
     rope = settings.rope_parameters(given, [window is not None for window in windows])
-    for name in ["rope_theta", *ROPE_SETTINGS[rope["rope_type"]]]:
+    for name in ["rope_theta", *kinds[rope["rope_type"]]]:
         settings.number(name, rope[name])
     if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         found = f"{rope['low_freq_factor']} and {rope['high_freq_factor']}"

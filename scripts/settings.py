@@ -42,7 +42,7 @@ LARGEST_SIZES = {  # far beyond any model; sizes that are larger are mistakes
     "head_dim": 10**4,
     "intermediate_size": 10**7,
     "moe_intermediate_size": 10**7,
-    "max_position_embeddings": 10**8,
+    "max_position_embeddings": 2 * 10**7,
     "num_experts": 10**4,
 }
 
@@ -82,13 +82,20 @@ def quantization(given: dict) -> dict:
     if given.get("quantization"):
         found = given["quantization"]
         raise Refusal(f"quantization {found}, as MLX writes it, is not supported")
-    config = given.get("quantization_config") or {}
+    config = json_object(given, "quantization_config")
     method = config.get("quant_method", "gpt-exact")
     if config and (method != "gpt-exact" or not config.get("mode")):
         name = method if "quant_method" in config else config
         how = "expected floats, or what quantize.py writes"
         raise Refusal(f"quantization_config {name} is not supported, {how}")
     return config
+
+
+def json_object(settings: dict, name: str) -> dict:
+    value = settings.get(name) or {}
+    if not isinstance(value, dict):
+        raise Refusal(f"{name} is {value!r}, expected a JSON object")
+    return value
 
 
 def size(settings: dict, name: str) -> int:
@@ -111,6 +118,8 @@ def windows(settings: dict) -> list[int | None]:
     """Each layer's sliding window. Without layer_types, max_window_layers is the first layer that
     slides."""
     first = settings.get("max_window_layers", 0)
+    if type(first) is not int:
+        raise Refusal(f"max_window_layers is {first!r}, expected an integer")
     slides = [i >= first for i in range(size(settings, "num_hidden_layers"))]
     if kinds := settings.get("layer_types"):
         slides = [kind == "sliding_attention" for kind in kinds]
@@ -134,10 +143,7 @@ def check_layer_types(settings: dict) -> None:
 def rope_places(settings: dict) -> list[dict]:
     """All settings of RoPE that there are, in the order in which they count: for all layers, then
     for types of layers. They may be empty."""
-    places = [settings.get(name) or {} for name in ROPE_PLACES]
-    for place in places:
-        if not isinstance(place, dict):
-            raise Refusal(f"rope settings are {place!r}, expected a JSON object")
+    places = [json_object(settings, name) for name in ROPE_PLACES]
     return places + [x for place in places for x in place.values() if isinstance(x, dict)]
 
 

@@ -277,7 +277,7 @@ BAD_ROPES = {
     "by type": (LLAMA, {"rope_parameters": by_type(DEFAULT, YARN)}, "yarn"),
     "no such type": (LLAMA, {"rope_scaling": {"type": "su"}}, "su"),
     "a list": (LLAMA, {"rope_scaling": {"type": ["linear"]}}, "linear"),
-    "text": (LLAMA, {"rope_scaling": "linear"}, "linear"),
+    "text": (LLAMA, {"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
     "differ": (
         QWEN3 | SLIDING,
         {"rope_parameters": by_type(DEFAULT, DEFAULT | {"rope_theta": 9.0})},
@@ -551,7 +551,7 @@ OTHERS = {
     "no mode": ({"quantization_config": {"quant_method": "gpt-exact"}}, "gpt-exact"),
     "another with our mode": ({"quantization_config": {"quant_method": "x"} | INT4}, "x"),
     "a mode of ours to come": ({"quantization_config": {"mode": "int3"}}, "int3.*int4"),
-    "text": ({"quantization_config": "int4"}, ""),
+    "text": ({"quantization_config": "int4"}, "quantization_config is 'int4'"),
 }
 for method in ("fp8", "gptq", "awq", "bitsandbytes", "compressed-tensors", "mxfp4", "modelopt"):
     OTHERS[method] = ({"quantization_config": {"quant_method": method}}, method)
@@ -589,6 +589,7 @@ NOTHING = {
     "layers": (QWEN2, {"layer_types": ["full_attention", "conv"]}, "layer_types has 'conv'"),
     "layers of a llama": (LLAMA, {"layer_types": ["mamba"] * 2}, "layer_types has 'mamba'"),
     "too few layers": (QWEN3, {"layer_types": ["full_attention"]}, "layer_types has 1"),
+    "text for a layer": (QWEN2, {"max_window_layers": "x"}, "max_window_layers is 'x'"),
     "kv heads": (LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads is 3, .* the 4 heads"),
     "more kv heads": (LLAMA, {"num_key_value_heads": 8}, "KV heads"),
     "gelu": (LLAMA, {"hidden_act": "gelu"}, "hidden_act gelu"),
@@ -637,15 +638,15 @@ LARGE = {
     "vocab_size": 10**8,
     "intermediate_size": 10**7,
     "hidden_size": 10**6,
-    "max_position_embeddings": 10**8,
+    "max_position_embeddings": 2 * 10**7,
 }
 
 
 @pytest.mark.parametrize("name", LARGE)
 def test_what_no_machine_holds_is_refused_before(tmp_path, name, monkeypatch):
-    """With 64 heads of 64, each of them takes more than the memory of this one."""
+    """With 64 heads of 128, each of them takes more than the memory of this one."""
     monkeypatch.setattr(machine, "randomize", None)
-    shape = {"num_attention_heads": 64, "hidden_size": 4096, "head_dim": 64}
+    shape = {"num_attention_heads": 64, "hidden_size": 4096, "head_dim": 128}
     path = write_config(tmp_path, LLAMA | shape | {name: LARGE[name]})
     monkeypatch.setattr(machine, "memory", lambda device: 16e9)
     with pytest.raises(Refusal, match="config.json: .* takes .* GB or more, and cpu has 16 GB"):
