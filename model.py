@@ -63,7 +63,7 @@ def rope_table(config: ModelConfig, length: int) -> Tensor:
     neutral = [1.0, 0.0, 1.0, 0.0]
     factor, low, high, original_context = settings + neutral[len(settings) :]
     exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
-    freq = 1.0 / float(rope["rope_theta"] or 10000.0) ** exponents
+    freq = 1.0 / float(rope["rope_theta"]) ** exponents
     keep = ((original_context * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
     freq = keep * freq + (1 - keep) * freq / factor
     angle = torch.arange(length).float()[:, None] * freq
@@ -230,11 +230,13 @@ class Block(Layer):
         return x + self.ffn(self.ffn_norm(x))
 
 
+UNBIASED = {"attention_bias": False, "mlp_bias": False}
+ALIKE = {"max_window_layers": 0, "layer_types": None}  # all layers have the window, or none
 FAMILIES = {  # by architecture: the layer, and what config.json means, whatever it says
     "LlamaForCausalLM": (Block, {"use_sliding_window": False}),
-    "MistralForCausalLM": (Block, {"use_sliding_window": True}),
-    "Qwen2ForCausalLM": (Block, {"qkv_bias": True}),
-    "Qwen3ForCausalLM": (Block, {"qk_norm": True}),
+    "MistralForCausalLM": (Block, {"use_sliding_window": True} | UNBIASED | ALIKE),
+    "Qwen2ForCausalLM": (Block, UNBIASED | {"qkv_bias": True}),
+    "Qwen3ForCausalLM": (Block, {"qk_norm": True, "mlp_bias": False}),
 }
 
 

@@ -1,5 +1,5 @@
-"""What a checkpoint directory holds: config.json in one spelling, and the files of the weights.
-Also, for all plumbing, how something is refused and how one speaks to the user."""
+"""What a checkpoint directory holds: JSON files and those of the weights. Also, for all plumbing,
+how something is refused and how one speaks to the user."""
 
 import contextlib
 import json
@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+INDEX = "model.safetensors.index.json"
 
 
 class Refusal(ValueError):
@@ -60,66 +64,72 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     return content
 
 
-def read_settings(path: Path) -> dict:
-    """A config.json, whose authors spell some things in several ways, in one of them.
-
-    Entries that are null are left out. `architecture` is the first of `architectures`;
-    `rope_parameters` has `rope_type`, `rope_theta` (None where nothing states it) and the settings
-    of that type; `num_experts` is there where `num_local_experts` is; `quantization` has `mode` and
-    perhaps `group_size`. All else is as given. Raises Refusal."""
-    given = {name: value for name, value in read_json(path).items() if value is not None}
-    settings = dict(given)
-    with refusing(str(path), LookupError, TypeError, AttributeError):
-        rope = rope_parameters(given)
-        settings["rope_parameters"] = rope
-        if "partial_rotary_factor" in rope:  # elsewhere it stands beside them
-            settings["partial_rotary_factor"] = rope["partial_rotary_factor"]
-        if given.get("architectures"):
-            settings["architecture"] = given["architectures"][0]
-        if "num_local_experts" in given:
-            settings.setdefault("num_experts", given["num_local_experts"])
-        if "quantization_config" in given:
-            settings["quantization"] = quantization(given["quantization_config"])
-    return settings
-
-
-def rope_parameters(given: dict) -> dict:
-    """What newer files call rope_parameters; older ones have rope_theta and rope_scaling."""
-    rope = given.get("rope_parameters")
-    if not rope:
-        rope = {"rope_theta": given.get("rope_theta")} | given.get("rope_scaling", {})
-    return {"rope_type": rope.get("type", "default")} | rope
-
-
-def quantization(config: dict) -> dict:
-    """`mode` is our name for it, other tools write quant_method."""
-    found = {"mode": config.get("mode", config.get("quant_method"))}
-    if "group_size" in config:
-        found["group_size"] = config["group_size"]
-    return found
+def weight_map(directory: Path) -> dict[str, Path]:
+    """The files that an index names for tensors; none where there is no index."""
+    index = directory / INDEX
+    expected = "expected a weight_map of tensor names to files"
+    with refusing(f"{index}: {expected}", AttributeError):
+        names = dict((read_json(index, {}).get("weight_map") or {}).items())
+    for name, file in names.items():
+        if not isinstance(file, str):
+            raise Refusal(f"{index}: {name} is in {file}, {expected}")
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise Refusal(f"{index}: {name} is in {file}, expected a file of this directory")
+    return {name: directory / file for name, file in names.items()}
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those that its index names, else all that are called
-    model*. There is at least one, or a Refusal."""
-    index = directory / "model.safetensors.index.json"
-    with refusing(f"{index}: expected a weight_map of tensor names to files", AttributeError):
-        names = set(map(str, read_json(index, {}).get("weight_map", {}).values()))
-    files = {directory / name for name in names} or directory.glob("model*.safetensors")
-    paths = sorted(files)
-    if not paths:
-        raise Refusal(f"{directory}: no model.safetensors and no {index.name}")
-    return paths
+    """The safetensors files of a checkpoint: those that its index names, else model.safetensors,
+    else shards, else all that are called model*. What lies beside them is not read."""
+    if indexed := set(weight_map(directory).values()):
+        return sorted(indexed)
+    for pattern in ("model.safetensors", "model-[0-9]*.safetensors", "model*.safetensors"):
+        if found := sorted(directory.glob(pattern)):
+            return found
+    return []
+
+
+def open_tensors(directory: Path) -> dict:
+    """All tensors by name, of which nothing is read until one is sliced. Of a name that two files
+    have, that counts which the index means."""
+    indexed = weight_map(directory)
+    slices = {}
+    for path in weight_files(directory):
+        with refusing(f"{path}: missing, truncated or corrupt", OSError, SafetensorError):
+            file = safe_open(path, "pt")
+        for name in file.keys():
+            if name in slices and not indexed:
+                raise Refusal(f"{path}: tensor {name} is in another file too, and no index")
+            if name not in slices or indexed.get(name, path) == path:
+                slices[name] = file.get_slice(name)
+    return slices
+
+
+def has_own_head(directory: Path) -> bool:
+    """Whether the files hold a head that is not the embedding. Both are read if they are alike, a
+    few rows at a time."""
+    slices = open_tensors(directory)
+    if not {HEAD, EMBEDDING} <= slices.keys():
+        return False
+    head, table = slices[HEAD], slices[EMBEDDING]
+    shape = head.get_shape()
+    if shape != table.get_shape() or not shape:
+        return True
+    for start in range(0, shape[0], 4096):
+        rows = slice(start, start + 4096)
+        if not head[rows].float().equal(table[rows].float()):
+            return True
+    return False
 
 
 def open_weights(directory: Path, shapes: dict) -> dict:
     """The tensors of a checkpoint by name, of which nothing is read until one is sliced. They are
     those that a model has, in their `shapes`, and no others, or a Refusal names the culprit."""
-    slices = {}
-    for path in weight_files(directory):
-        with refusing(f"{path}: missing, truncated or corrupt", OSError, SafetensorError):
-            file = safe_open(path, "pt")
-        slices |= {name: file.get_slice(name) for name in file.keys()}
+    slices = open_tensors(directory)
+    if not slices:
+        raise Refusal(f"{directory}: no model.safetensors and no {INDEX}")
+    if HEAD in slices and HEAD not in shapes:  # one table for both, by either name
+        slices.setdefault(EMBEDDING, slices[HEAD])
     check_names(directory, shapes, slices)
     for name, shape in shapes.items():
         stem = name.removesuffix("weight")
@@ -135,7 +145,7 @@ def open_weights(directory: Path, shapes: dict) -> dict:
 
 def check_names(directory: Path, shapes: dict, slices: dict) -> None:
     # Some files repeat a tied head, and the first Llama 2 exports store what config.json says.
-    known = shapes.keys() | {"lm_head.weight"}
+    known = shapes.keys() | {HEAD}
     extra = {name for name in slices if not name.endswith("rotary_emb.inv_freq")} - known
     for problem, names in (("missing", shapes.keys() - slices.keys()), ("not expected", extra)):
         if names:

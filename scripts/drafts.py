@@ -11,6 +11,11 @@ def agreement(a: list[int], b: list[int]) -> int:
     return min(len(a), len(b))
 
 
+def within(ids: list[int], vocab_size: int) -> list[int]:
+    """The ids for a table of that size: of those past it, which are no text, the first one."""
+    return [i if i < vocab_size else 0 for i in ids]
+
+
 class Pauses:
     """Whether drafts pay. After a round in which most slots accepted fewer than `pays` drafts, the
     engine drafts no more for a while, twice as long each time, up to 64 rounds."""
@@ -61,17 +66,20 @@ class PromptLookup:
 
 class DraftModel:
     """Drafts by a smaller model, which draws with the noise that the model itself will draw
-    with."""
+    with. The tables of the two may be padded to other sizes: the model takes ids under
+    `vocab_size`, by default those of the smaller model."""
 
-    def __init__(self, engine, k: int):
+    def __init__(self, engine, k: int, vocab_size: int | None = None):
         self.engine = engine
         self.k = k
+        self.own_size = engine.model.config.vocab_size
+        self.vocab_size = vocab_size or self.own_size
         self.pays = k / 2
         self.fed = [[] for _ in engine.slots]  # the ids that each slot of its cache holds
 
     def propose(self, slots: list, sampler) -> list[list[int]] | None:
         """k drafts a slot. None where a text outgrows the context of the smaller model."""
-        engine, texts = self.engine, [c.ids if c else [0, 0] for c in slots]
+        engine, texts = self.engine, [within(c.ids, self.own_size) if c else [0, 0] for c in slots]
         longest = max(map(len, texts)) + self.k
         if longest > engine.model.config.max_position_embeddings:
             return None
@@ -90,4 +98,5 @@ class DraftModel:
             drafts.append(tokens)
         drafts = torch.cat(drafts, dim=1).tolist()
         self.fed = [ids + draft[:-1] for ids, draft in zip(texts, drafts, strict=True)]
-        return drafts
+        # What is past the model's table cannot be drawn, so another id is as good a draft.
+        return [within(draft, self.vocab_size) for draft in drafts]

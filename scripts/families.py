@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tp
 from kernels import Packed, opaque_linear
-from model import FAMILIES, Block, FeedForward, InputError, Layer, Linear
+from model import ALIKE, FAMILIES, UNBIASED, Block, FeedForward, InputError, Layer, Linear
 
 
 class Mixture(Layer):
@@ -20,11 +20,11 @@ class Mixture(Layer):
     def __init__(self, model, prefix: str, names: tuple[str, str, str], inner: int):
         super().__init__(model)
         config = model.config
-        count = config.settings.get("num_experts", 1)
-        self.k = config.settings.get("num_experts_per_tok", 1)
+        count = config.settings["num_experts"]
+        self.k = config.settings["num_experts_per_tok"]
         if type(count) is not int or type(self.k) is not int or not 0 < self.k <= count:
             raise InputError(f"{self.k} experts a token, expected 1 to the {count} there are")
-        self.normalized = bool(config.settings.get("norm_topk_prob"))
+        self.normalized = bool(config.settings["norm_topk_prob"])
         # The router is whole at every rank, in fp32, and never quantized.
         plain = replace(config, quantization=None, stored=False)
         outputs = {f"{prefix}.gate": count}
@@ -81,15 +81,19 @@ class Qwen3MoeBlock(Block):
     capturable = False
 
     def make_ffn(self, model, prefix: str) -> Mixture:
+        settings = model.config.settings
+        for name, expected in (("mlp_only_layers", []), ("decoder_sparse_step", 1)):
+            if (found := settings.get(name, expected)) != expected:
+                raise InputError(f"{name} {found} is not supported, expected {expected}")
         names = ("gate_proj", "up_proj", "down_proj")
         return Mixture(model, f"{prefix}.mlp", names, model.config.intermediate_size)
 
 
 FAMILIES["MixtralForCausalLM"] = (
     MixtralBlock,
-    {"use_sliding_window": True, "norm_topk_prob": True, "mlp_bias": False},
+    {"use_sliding_window": True, "norm_topk_prob": True} | UNBIASED | ALIKE,
 )
 FAMILIES["Qwen3MoeForCausalLM"] = (
     Qwen3MoeBlock,
-    {"qk_norm": True, "max_window_layers": 0, "mlp_bias": False},
+    {"qk_norm": True, "mlp_bias": False} | ALIKE,
 )

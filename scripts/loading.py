@@ -1,30 +1,32 @@
 """From flags and a checkpoint directory to a model and its tokenizer."""
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+import model as model_module
 import quantize
 import scripts.families  # noqa: F401  (it enters them into FAMILIES)
 import tp
 from kernels import BATCH_INVARIANT, FAST, InputError
 from model import FAMILIES, ModelConfig, Transformer
-from scripts import checkpoint, cli, download, drafts, machine
+from scripts import checkpoint, cli, download, drafts, machine, settings
 from scripts.tokenizer import Tokenizer
 
 SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
 SIZES += ["num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings"]
 FLAGS = ["tie_word_embeddings", "qkv_bias", "attention_bias", "mlp_bias", "qk_norm"]
 SUPPORTED = {
-    "hidden_act": ["silu"],
-    "partial_rotary_factor": [1],
+    "hidden_act": ["silu", "swish"],
     "quantization mode": [None, *quantize.LINEARS],
     "group_size": [32, 64, 128],
+    "per_layer_config": [None, {}],
+    "transformers_weights": [None, "model.safetensors", checkpoint.INDEX],
 }
-DEFAULTS = {"hidden_act": "silu", "partial_rotary_factor": 1, "rms_norm_eps": 1e-6}
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -39,13 +41,19 @@ def load(args, ranks: int | None = None) -> tuple[Transformer, Tokenizer]:
         cli.say(f"{directory} is missing, fetching it")
         with checkpoint.refusing("the default checkpoint cannot be had", ValueError, ImportError):
             download.fetch(directory)
-    config = read_config(shape or directory / "config.json", args.quantize, args.group_size)
+    path = shape or directory / "config.json"
+    read = read_shape if shape else read_config
+    config = read(path, args.quantize, args.group_size)
+    angles = config.max_position_embeddings * config.head_dim // 2
+    # Of each in fp32 itself, its cos and its sin, and these once more in one table.
+    machine.check_fits(device, 5 * 4 * angles, f"{path}: a table of positions")
     tokenizer = Tokenizer(None if shape else directory)
     if shape:
         config = replace(config, stored=False)  # random weights are quantized while loading
     ops = BATCH_INVARIANT if args.deterministic else FAST
     model = Transformer(config, ops, device, PRECISIONS[args.precision], ranks or tp.world)
     if shape:
+        machine.check_fits(device, least_bytes(model), f"{path}: a model")
         machine.randomize(model)
     else:
         slices = checkpoint.open_weights(directory, tensor_shapes(model))
@@ -56,6 +64,15 @@ def load(args, ranks: int | None = None) -> tuple[Transformer, Tokenizer]:
 def tensor_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
     """Of the checkpoint tensors that a model takes, by name."""
     return {name: shape for layer in model.loaders for name, shape in layer.shapes.items()}
+
+
+def least_bytes(model: Transformer) -> int:
+    """What its weights take at least, at each rank."""
+    needed = 0
+    for layer in model.loaders:
+        weights = sum(map(math.prod, layer.shapes.values()))
+        needed += weights // 2 if layer.mode else weights * model.dtype.itemsize
+    return needed // model.ranks
 
 
 def load_weights(model: Transformer, slices: dict, progress: Callable) -> None:
@@ -80,14 +97,13 @@ def load_drafter(args, model, tokenizer, length: int, build: Callable):
     own = argparse.Namespace(**vars(args) | flags)
     with tp.together():
         draft, words = load(own, 1 if args.draft_checkpoint_path else None)
-        same_size = draft.config.vocab_size == model.config.vocab_size
-        if not same_size or words.vocab() != tokenizer.vocab():
+        if words.vocab() != tokenizer.vocab():  # their tables may be padded to other sizes
             which = f"--draft_checkpoint_path {args.draft_checkpoint_path}"
             raise checkpoint.Refusal(
                 f"{which} has another vocabulary than the model, expected the same"
             )
     engine = build(own, draft, words, length + args.speculate_k)
-    return drafts.DraftModel(engine, args.speculate_k)
+    return drafts.DraftModel(engine, args.speculate_k, model.config.vocab_size)
 
 
 def refuse_rocm(device: str | None) -> None:
@@ -99,39 +115,43 @@ def refuse_rocm(device: str | None) -> None:
 
 
 def read_config(path: Path, quantization: str | None = None, group_size=32) -> ModelConfig:
+    """That of a checkpoint, whose weights beside it may have a head of their own although it says
+    that there is none. See read_shape."""
+    config = read_shape(path, quantization, group_size)
+    if config.tie_word_embeddings and checkpoint.has_own_head(path.parent):
+        return replace(config, tie_word_embeddings=False)
+    return config
+
+
+def read_shape(path: Path, quantization: str | None = None, group_size=32) -> ModelConfig:
     """What a config.json says, or else what its family means, of a model that is quantized while
     loading if a `quantization` is given. Raises Refusal for what is missing, wrong or not
     supported."""
-    given = DEFAULTS | checkpoint.read_settings(path)
+    raw = checkpoint.read_json(path)
     wrong = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError)
     with checkpoint.refusing(str(path), *wrong):
-        architecture = one_of("architectures", given.get("architecture"), FAMILIES)
+        given = settings.in_one_spelling(raw)
+        architecture = one_of("architectures", given["architecture"], list(FAMILIES))
+        settings.check_layer_types(given)
         _, family = FAMILIES[architecture]
-        given = {"qkv_bias": given.get("attention_bias")} | given | family
-        stored = given.get("quantization", {})
+        given |= family
+        given |= {"qkv_bias": given["attention_bias"], "qk_norm": False} | family
+        settings.check(given)
+        stored = given["quantization"]
         mode, given["group_size"] = stored.get("mode"), stored.get("group_size", 32)
         given["quantization mode"] = mode
         for name, choices in SUPPORTED.items():
-            one_of(name, given[name], choices)
+            one_of(name, given.get(name), choices)
         if quantization and mode:
             raise checkpoint.Refusal(f"the checkpoint is {mode} already")
-        heads = size(given, "num_attention_heads")
-        given.setdefault("num_key_value_heads", heads)
-        given.setdefault("head_dim", size(given, "hidden_size") // heads)
-        if "moe_intermediate_size" in given:
-            given["intermediate_size"] = given["moe_intermediate_size"]
-        config = {name: size(given, name) for name in SIZES}
-        config |= {name: bool(given.get(name)) for name in FLAGS}
-        if heads % config["num_key_value_heads"] or config["head_dim"] % 2:
-            raise checkpoint.Refusal(
-                "expected KV heads that divide the heads, and an even head_dim"
-            )
+        windows = settings.windows(given)
         return ModelConfig(
-            **config,
+            **sizes(given),
+            **{name: bool(given[name]) for name in FLAGS},
             architecture=architecture,
             rms_norm_eps=float(given["rms_norm_eps"]),
-            rope_parameters=given["rope_parameters"],
-            windows=windows(given),
+            rope_parameters=rope_parameters(given, windows),
+            windows=windows,
             quantization=quantization or mode,
             group_size=group_size if quantization else given["group_size"],
             stored=mode is not None,
@@ -146,23 +166,38 @@ def one_of(name: str, value, choices):
     return value
 
 
-def size(settings: dict, name: str) -> int:
-    value = settings[name]
-    if type(value) is not int or value < 1:
-        raise checkpoint.Refusal(f"{name} is {value}, expected an integer > 0")
-    return value
+def sizes(given: dict) -> dict[str, int]:
+    """Those of ModelConfig. The experts of a mixture have an intermediate size of their own."""
+    given = dict(given)
+    heads = settings.size(given, "num_attention_heads")
+    if given.get("num_key_value_heads") is None:
+        given["num_key_value_heads"] = heads
+    if given.get("head_dim") is None:
+        given["head_dim"] = settings.size(given, "hidden_size") // heads
+    found = {name: settings.size(given, name) for name in SIZES}
+    if "moe_intermediate_size" in settings.FAMILY_DEFAULTS.get(given["architecture"], {}):
+        found["intermediate_size"] = settings.size(given, "moe_intermediate_size")
+    kv_heads, head_dim = found["num_key_value_heads"], found["head_dim"]
+    if heads % kv_heads:
+        expected = f"expected KV heads that divide the {heads} heads"
+        raise checkpoint.Refusal(f"num_key_value_heads is {kv_heads}, {expected}")
+    if head_dim % 2:
+        raise checkpoint.Refusal(f"head_dim is {head_dim}, expected an even number")
+    return found
 
 
-def windows(settings: dict) -> list[int | None]:
-    """Each layer's sliding window. Without layer_types, a Qwen config names the first layer that
-    slides; in a Mistral every layer does."""
-    first = settings.get("max_window_layers", 0)
-    slides = [i >= first for i in range(size(settings, "num_hidden_layers"))]
-    if kinds := settings.get("layer_types"):
-        if len(kinds) != len(slides):
-            raise checkpoint.Refusal("expected a layer_type for each layer")
-        slides = [kind == "sliding_attention" for kind in kinds]
-    if not settings.get("use_sliding_window") or "sliding_window" not in settings:
-        return [None for _ in slides]
-    window = size(settings, "sliding_window")
-    return [window if slide else None for slide in slides]
+def rope_parameters(given: dict, windows: list[int | None]) -> dict:
+    """As ModelConfig has them. A kind that is not supported is refused wherever it stands."""
+    kinds = model_module.ROPE_SETTINGS
+    for rope in settings.rope_places(given):
+        one_of("rope_type", settings.rope_type(rope), list(kinds))
+        one_of("partial_rotary_factor", rope.get("partial_rotary_factor"), [None, 1])
+    one_of("partial_rotary_factor", given.get("partial_rotary_factor"), [None, 1])
+    rope = settings.rope_parameters(given, [window is not None for window in windows])
+    for name in ["rope_theta", *kinds[rope["rope_type"]]]:
+        settings.number(name, rope[name])
+    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        found = f"{rope['low_freq_factor']} and {rope['high_freq_factor']}"
+        expected = "expected the first to be less"
+        raise checkpoint.Refusal(f"low_freq_factor and high_freq_factor are {found}, {expected}")
+    return rope

@@ -4,6 +4,7 @@ Also random weights, for where there is no checkpoint, and the stats of a run.""
 import contextlib
 import ctypes
 import json
+import math
 import os
 import shutil
 import sys
@@ -73,6 +74,24 @@ def peak_memory(device: torch.device) -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) << 10
     return 0
+
+
+def memory(device: torch.device) -> float:
+    """Bytes that a device has in all, with what can be swapped out; infinite where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    path = Path("/proc/meminfo")
+    lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+    found = {words[0]: int(words[1]) << 10 for words in lines}
+    return found["MemTotal:"] + found["SwapTotal:"] if found else math.inf
+
+
+def check_fits(device: torch.device, needed: int, what: str) -> None:
+    """Raise Refusal for more than all memory of a device, before any is asked for."""
+    total = memory(device)
+    if needed > total:
+        size = f"{needed / 1e9:.0f} GB"
+        raise Refusal(f"{what} takes {size} or more, and {device} has {total / 1e9:.0f} GB")
 
 
 def tune_memory(device: torch.device, huge_pages: bool) -> None:

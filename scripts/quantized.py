@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import generate
 import quantize
 from kernels import FAST
-from model import Layer, Transformer
+from model import Layer, ModelConfig, Transformer
 from scripts import checkpoint, cli, download, loading
 
 SHARD = 1 << 30  # bytes of a file, or of one layer where that is larger
@@ -33,7 +33,7 @@ def write(source: Path, out: str, mode: str, group_size: int) -> Path:
         work.mkdir()  # a TemporaryDirectory itself is closed to other users
         write_weights(model, slices, work)
         copy_files(source, work)
-        write_config(source, work, mode, group_size)
+        write_config(source, work, config)
         return work.rename(target)
 
 
@@ -65,11 +65,14 @@ def copy_files(source: Path, work: Path) -> None:
                 shutil.copy(path, work)
 
 
-def write_config(source: Path, work: Path, mode: str, group_size: int) -> None:
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    how = {"quant_method": "gpt-exact", "mode": mode, "group_size": group_size}
-    config["quantization_config"] = how
-    (work / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def write_config(source: Path, work: Path, config: ModelConfig) -> None:
+    settings = checkpoint.read_json(source / "config.json")
+    how = {"quant_method": "gpt-exact", "mode": config.quantization}
+    settings["quantization_config"] = how | {"group_size": config.group_size}
+    if not config.tie_word_embeddings:  # whatever it says: there may be a head in the files
+        settings["tie_word_embeddings"] = False
+    text = json.dumps(settings, indent=2) + "\n"
+    (work / "config.json").write_text(text, encoding="utf-8")
 
 
 def main() -> None:

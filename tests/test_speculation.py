@@ -4,6 +4,7 @@ the exact one."""
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -487,6 +488,38 @@ def test_what_pays(folders, monkeypatch, kind, pays):
     monkeypatch.setattr(generate.machine, "warm_up", lambda engine, row: (0.02, 0.07))
     engine = generate.build(args, *generate.load(args), length=64)
     assert engine.k == 4 and engine.pauses.pays == pytest.approx(pays)
+
+
+def padded(folder, path, rows):
+    """The same model and tokenizer, of a table with more rows; what they say is likely."""
+    shutil.copytree(folder, path)
+    weights = load_file(path / "model.safetensors")
+    for i, name in enumerate(("model.embed_tokens.weight", "lm_head.weight")):
+        more = 0.3 * randn(rows, weights[name].shape[1], seed=i)
+        weights[name] = torch.cat((weights[name], more))
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["vocab_size"] += rows
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("rows", [(64, 0), (0, 64), (64, 128)], ids=str)
+def test_tables_of_other_sizes(folders, tmp_path, capsys, rows, temperature):
+    """Of the model and of its draft; either may say what the other has not."""
+    model, draft = (padded(folders[i], tmp_path / str(i), rows[i]) for i in (0, 1))
+    flags = ["--checkpoint_path", model, "--temperature", temperature, "--ignore_eos"]
+    flags += ["--prompt", "a b a b a b", "--prompt", "one"]
+    want, _ = lines(capsys, *flags)
+    size = json.loads((folders[0] / "config.json").read_text())["vocab_size"]
+    if rows[0] and temperature:
+        assert any(i >= size for line in want for i in line["tokens"])
+    for more in ([], ["--batch_size", 2, "--prefill_chunk", 2]):
+        draft_flags = ["--draft_checkpoint_path", draft, "--speculate_k", 3]
+        found, counts = lines(capsys, *flags, *draft_flags, *more)
+        assert sorted(found, key=lambda line: line["id"]) == want
+        assert sum(counts[1:]) > 0
 
 
 REFUSED = {
