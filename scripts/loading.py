@@ -97,11 +97,9 @@ def load_drafter(args, model, tokenizer, length: int, build: Callable):
     own = argparse.Namespace(**vars(args) | flags)
     with tp.together():
         draft, words = load(own, 1 if args.draft_checkpoint_path else None)
-        if words.vocab() != tokenizer.vocab():  # their tables may be padded to other sizes
+        if not tokenizer.agrees(words):
             which = f"--draft_checkpoint_path {args.draft_checkpoint_path}"
-            raise checkpoint.Refusal(
-                f"{which} has another vocabulary than the model, expected the same"
-            )
+            raise checkpoint.Refusal(f"{which} has another vocabulary than the model has")
     engine = build(own, draft, words, length + args.speculate_k)
     return drafts.DraftModel(engine, args.speculate_k, model.config.vocab_size)
 

@@ -54,6 +54,11 @@ class Tokenizer:
         """The id of each token."""
         return self.kind.vocab()
 
+    def agrees(self, other: "Tokenizer") -> bool:
+        """Whether the ids that both have are the same tokens: one may have more than the other."""
+        tokens = {i: token for token, i in self.vocab().items()}
+        return all(tokens.get(i, token) == token for token, i in other.vocab().items())
+
     def id_of(self, name: str) -> int | None:
         """The id of the token of that name, such as bos_token, if there is one."""
         return self.vocab().get(self.kind.named.get(name))

@@ -504,6 +504,20 @@ def padded(folder, path, rows):
     return path
 
 
+def test_vocabularies(folders, tmp_path):
+    """One may have tokens more than the other, but no other tokens by the same ids."""
+    model, draft, other = folders
+    more = shutil.copytree(draft, tmp_path / "more")
+    (more / "added_tokens.json").write_text(json.dumps({"<|new|>": 380}))
+    assert len(Tokenizer(more).vocab()) == len(Tokenizer(model).vocab()) + 1
+    for one, two in ((model, draft), (model, more), (more, model)):
+        assert Tokenizer(one).agrees(Tokenizer(two))
+    for one in (model, more):
+        assert not Tokenizer(one).agrees(Tokenizer(other))
+        assert not Tokenizer(other).agrees(Tokenizer(one))
+    assert Tokenizer(None).agrees(Tokenizer(model))
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("rows", [(64, 0), (0, 64), (64, 128)], ids=str)
 def test_tables_of_other_sizes(folders, tmp_path, capsys, rows, temperature):
