@@ -11,8 +11,9 @@ from torch import Tensor
 import tp
 from kernels import InputError
 from model import Transformer
-from scripts import chat, cli, drafts, machine, prompts, requests
+from scripts import chat, cli, drafts, machine, prompts, ranks, requests
 from scripts.loading import load, load_drafter
+from scripts.outputs import Output
 from scripts.requests import Completion, Request
 from scripts.sampler import Sampler
 from scripts.tokenizer import Tokenizer
@@ -210,10 +211,12 @@ def main(argv: list[str] | None = None) -> None:
         context = min(model.config.max_position_embeddings, args.max_seq_length)
         maker = requests.RequestMaker.from_flags(args, tokenizer, model.config.vocab_size, context)
     load_s = time.perf_counter() - start
-    wanted = []
+    wanted, output = [], Output(None)  # of ranks that read and write nothing
     with tp.together():
         if not args.interactive and tp.rank == 0:
-            wanted = requests.resume(args.output, prompts.read_requests(args, maker))
+            wanted = prompts.read_requests(args, maker)
+            output = Output(args.output)
+            wanted = requests.resume(output, wanted)
     wanted = tp.from_first(wanted)
     sizes = [len(r.prompt_ids) + r.max_new_tokens for r in wanted]
     length = min(context, chat.LENGTH) if args.interactive else max(sizes, default=1)
@@ -222,18 +225,18 @@ def main(argv: list[str] | None = None) -> None:
         engine = build(args, model, tokenizer, length)
     engine.pauses.pays = tp.from_first(engine.pauses.pays)  # one clock for all
     compile_s = time.perf_counter() - start
-    with machine.profile(args.profile if tp.rank == 0 else None):
+    with output, machine.profile(args.profile if tp.rank == 0 else None):
         if args.interactive:
             return chat.converse(engine, args.system, maker, tp.from_first)
         as_json = args.json or args.score is not None
-        requests.write(engine, wanted, as_json, args.output, not args.chat, args.batch_size == 1)
+        requests.write(engine, wanted, as_json, output, not args.chat, args.batch_size == 1)
     if tp.rank == 0:
         machine.report(engine.stats, model, load_s, compile_s, args.json)
 
 
 def command(main: Callable) -> None:
     """Join the other ranks, run main() and exit with its status; bad input is one line."""
-    cli.run([tp.start, main], InputError, SafetensorError, torch.OutOfMemoryError)
+    cli.run([ranks.join, main], InputError, SafetensorError, torch.OutOfMemoryError)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ Experts are cut like any gate, up and down. All else runs at every rank alike; t
 which a token reads one row, is whole at each."""
 
 import contextlib
-import datetime
 import math
 import os
-import sys
 from collections.abc import Callable
 
 import torch
@@ -20,18 +18,15 @@ from torch import Tensor
 
 from kernels import add_leaves, leaf_count, opaque
 
-rank = int(os.environ.get("RANK", 0))
-world = int(os.environ.get("WORLD_SIZE", 1))
+
+def variable(name: str) -> int:
+    """A number that torchrun sets, -1 where it is none."""
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else -1
 
 
-def start() -> None:
-    """Join the other ranks, if torchrun has started some, of which only the first prints."""
-    if rank:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    if world > 1:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        # A chat waits as long as its user thinks.
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+world = max(variable("WORLD_SIZE"), 1)
+rank = variable("RANK") if world > 1 else 0
 
 
 def degrees(config, exact: bool) -> list[int]:

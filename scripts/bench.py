@@ -34,6 +34,7 @@ import tp  # noqa: E402
 from model import Transformer  # noqa: E402
 from scripts import cli, machine  # noqa: E402
 from scripts.checkpoint import Refusal, refusing  # noqa: E402
+from scripts.outputs import Output  # noqa: E402
 from scripts.requests import Request  # noqa: E402
 from scripts.tokenizer import Tokenizer  # noqa: E402
 
@@ -146,6 +147,10 @@ def row(model: Transformer, cell: Cell, seconds: list[float], limit: float) -> l
 
 def table(args: argparse.Namespace) -> None:
     cells = choose_cells(args)
+    output = Output(None if tp.rank else args.output)
+    with refusing(f"{output.name} holds more than rows", ValueError, KeyError, TypeError):
+        for line in output.read().splitlines():
+            json.loads(line)["tokens/s"]
     lock = open(args.lock, "w", encoding="utf-8") if args.lock else tempfile.TemporaryFile()
     fcntl.flock(lock, fcntl.LOCK_SH)  # nobody measures while others load
     models = load_models(args)
@@ -165,9 +170,7 @@ def table(args: argparse.Namespace) -> None:
         seconds = measure(models, cell, length, args.prefill_chunk, args.runs, lock)
         values = row(model, cell, seconds, limit)
         print(f"| {cell.kind} | " + " | ".join(f"{x:.4g}" for x in values[1:]) + " |", flush=True)
-        if args.output and not tp.rank:
-            with args.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(zip(names, values, strict=True))) + "\n")
+        output.write(json.dumps(dict(zip(names, values, strict=True))))
 
 
 # ---- --serve

@@ -36,9 +36,18 @@ def cause(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
+def is_one_of_several() -> bool:
+    """Whether torchrun has started this process beside others."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return size.isdecimal() and int(size) > 1
+
+
 def is_first_rank() -> bool:
-    """Whether this process is the one that speaks: torchrun numbers those that it starts."""
-    return int(os.environ.get("RANK", 0)) == 0
+    """Whether this process is the one that speaks: torchrun numbers those that it starts. A number
+    alone, as a shell within a job may have it, says nothing."""
+    rank = os.environ.get("RANK", "")
+    size = int(os.environ["WORLD_SIZE"]) if is_one_of_several() else 1
+    return not (rank.isdecimal() and 0 < int(rank) < size)
 
 
 def say(*words, **options) -> None:

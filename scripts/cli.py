@@ -5,11 +5,12 @@ import argparse
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts import download
-from scripts.checkpoint import Refusal, progress
+from scripts import download, outputs
+from scripts.checkpoint import Refusal, is_first_rank, is_one_of_several, progress
 from scripts.checkpoint import say as say  # others know it as cli.say
 from scripts.requests import COUNT, INFINITY, Request, check_range, message
 from scripts.requests import RANGES as RANGES_OF_A_REQUEST
@@ -73,6 +74,7 @@ def parse_args(argv: list[str] | None = None, about: str | None = None, **own):
     counts = {name: COUNT for name, default in own.items() if type(default) is int and default}
     check_ranges(args, RANGES | counts)
     check_exclusions(args)
+    outputs.check_paths(args)
     return args
 
 
@@ -127,7 +129,7 @@ def add_running_flags(parser: Parser) -> None:
     parser.switch("--prompt_lookup", "speculate: draft what followed the same words before")
     parser.switch("--compile", "torch.compile decoding")
     parser.switch("--compile_prefill", "torch.compile prefill")
-    parser.add("--profile", metavar="FILE", help="write a trace for chrome://tracing")
+    parser.path("--profile", "FILE", "write a trace for chrome://tracing")
     text = "the same bits at any batch size, chunking or compiler setting"
     parser.switch("--deterministic", text)
 
@@ -166,9 +168,9 @@ def check_exclusions(args: argparse.Namespace) -> None:
 
 def run(steps: list[Callable], *more_errors: type[Exception]) -> None:
     """Call the steps and exit with the status that the last one returns. What a user got wrong,
-    which is what `more_errors` mean as well, is one line and status 2, a bug one line and status 1;
-    with GPT_EXACT_DEBUG=1 both are tracebacks."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    which is what `more_errors` mean as well, is one line and status 2; a bug is a traceback, that
+    line and status 1. With GPT_EXACT_DEBUG=1 both are tracebacks. The first step is done before
+    the processes know each other: what goes wrong there, each of them says."""
     speak_utf8()
     try:
         for step in steps:
@@ -176,18 +178,33 @@ def run(steps: list[Callable], *more_errors: type[Exception]) -> None:
         print(end="", flush=True)
     except KeyboardInterrupt:
         status = 130
-    except Exception as error:
-        if os.environ.get("GPT_EXACT_DEBUG") == "1":
+    except BaseException as error:
+        if isinstance(error, SystemExit) or os.environ.get("GPT_EXACT_DEBUG") == "1":
             raise
         of_the_user = (Refusal, OSError, UnicodeError, MemoryError, RecursionError, *more_errors)
-        status = 2 if isinstance(error, of_the_user) else 1
-        what = "" if status == 2 else f"this is a bug: {type(error).__name__}: "
-        # Where memory was short, an error may say nothing.
-        say("error:", what + (" ".join(str(error).split()) or "out of memory"))
+        status = 2 if isinstance(error, of_the_user) or is_panic_or_memory(error) else 1
+        if is_first_rank() or step is steps[0]:
+            explain(error, status)
         sys.stdout = None  # an orderly end would once more print what could not be printed
-    if several:  # whose threads may abort an orderly end
+    if is_one_of_several():  # whose threads may abort an orderly end
         os._exit(status)
     sys.exit(status)
+
+
+def is_panic_or_memory(error: BaseException) -> bool:
+    """Whether it is what packages in Rust raise for input that they did not foresee, which is no
+    Exception, or what PyTorch raises where a CPU has too little memory."""
+    is_panic = type(error).__name__ == "PanicException"
+    return is_panic or isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def explain(error: BaseException, status: int) -> None:
+    """Say what is wrong in one line; of a bug, where."""
+    line = " ".join(str(error).split()) or "out of memory"  # of which some say nothing
+    if status == 1:
+        traceback.print_exception(error)
+        line = "this is a bug in the code, not in what you gave"
+    print("error:", line, file=sys.stderr, flush=True)
 
 
 def speak_utf8() -> None:

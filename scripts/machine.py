@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from scripts import outputs
 from scripts.checkpoint import Refusal, refusing
 from scripts.requests import Request
 from scripts.sampler import Sampler
@@ -257,13 +258,12 @@ def warm_up(engine, row: Request) -> tuple[float, float]:
 
 
 @contextlib.contextmanager
-def profile(path: str | None):
-    """Write a trace of what runs within to a file, if one is named."""
+def profile(path: Path | None):
+    """Write a trace of what runs within to a file, if one is named. Raises Refusal."""
     if path is None:
         yield
         return
-    with open(path, "w", encoding="utf-8"):  # to see now whether it can be written
-        pass
-    with torch.profiler.profile() as profiler:
-        yield
-    profiler.export_chrome_trace(path)
+    with outputs.new_trace(path) as work:
+        with torch.profiler.profile() as profiler:
+            yield
+        profiler.export_chrome_trace(work)

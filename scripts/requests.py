@@ -3,13 +3,13 @@ are written and resumed."""
 
 import contextlib
 import json
-import os
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 
-from scripts.checkpoint import Refusal, is_first_rank, progress, refusing, say
+from scripts.checkpoint import Refusal, progress, refusing, say
+from scripts.outputs import Output
 from scripts.tokenizer import Tokenizer
 
 INFINITY = 2**62  # what fits a tensor of int64, with room to add
@@ -75,8 +75,7 @@ class Completion:
     def push(self, token: int, logprob: float) -> str:
         """Add a token that was drawn; returns the text that has become certain: no half characters,
         nothing of a stop string. Raises Refusal where the logprob is no number."""
-        if logprob != logprob:
-            raise Refusal("logits that are no numbers: choose another --precision")
+        check_numbers([logprob])
         self.ids.append(token)
         self.tokens.append(token)
         self.logprobs.append(logprob)
@@ -209,57 +208,69 @@ class RequestMaker:
         return random.Random(self.settings["seed"]).choices(range(self.vocab_size), k=size)
 
 
-def resume(path: Path | None, requests: list[Request]) -> list[Request]:
+def resume(output: Output, requests: list[Request]) -> list[Request]:
     """Those of which an --output file has no completion yet. Where its last line is torn, as a run
     that was killed leaves it, that is cut off. Raises Refusal for a file that holds anything else,
     and leaves that as it is."""
-    content = b""
-    if path and path.is_file():
-        content = path.read_bytes()
+    content = output.read()
     *lines, torn = content.split(b"\n")
-    foreign = f"--output {path} holds more than completions, which would be lost"
-    with refusing(foreign, ValueError, KeyError, TypeError):
-        entries = [entry for entry in map(json.loads, lines) if "stats" not in entry]
-        done = {(entry["id"], entry["sample"]) for entry in entries}
-        check_torn(torn)
+    done = Counter()
+    with refusing(f"{output.name} holds more than completions", ValueError, KeyError, TypeError):
+        for entry in map(json.loads, lines):
+            if "stats" not in entry:
+                check_numbers(entry["logprobs"])
+                done[entry.get("id"), entry.get("sample")] += 1
+        check_torn(torn, requests)
     if torn:
-        os.truncate(path, len(content) - len(torn))
-    left = [request for request in requests if (request.id, request.sample) not in done]
+        output.cut(len(content) - len(torn))
+    left = []
+    for request in requests:
+        key = (request.id, request.sample)
+        if done[key]:
+            done[key] -= 1  # of --score, several may have one name or none
+        else:
+            left.append(request)
     if len(left) < len(requests):
-        say(f"{len(requests) - len(left)} of {len(requests)} completions are in {path}")
+        say(f"{len(requests) - len(left)} of {len(requests)} completions are in {output.path}")
     return left
 
 
-def check_torn(line: bytes) -> None:
+def check_torn(line: bytes, requests: list[Request]) -> None:
     """Raise Refusal or KeyError for the end of a file that is no part of a completion."""
-    if not b'{"id": '.startswith(line[:7]):
+    first = len('{"id": ')
+    beginnings = [Completion(request, Tokenizer(None)).json()[:first] for request in requests]
+    if not any(text.encode().startswith(line[:first]) for text in beginnings):
         raise Refusal("its last line")
     with contextlib.suppress(ValueError):  # which a part of a line raises
-        json.loads(line)["tokens"]
+        json.loads(line)["logprobs"]
+
+
+def check_numbers(logprobs: list[float]) -> None:
+    if any(logprob != logprob for logprob in logprobs):
+        raise Refusal("logits that are no numbers: choose another --precision")
 
 
 def write(
-    engine, requests: list[Request], as_json: bool, output: Path | None, echo_prompt: bool, stream
+    engine, requests: list[Request], as_json: bool, output: Output, echo_prompt: bool, stream: bool
 ) -> None:
     """Run the requests and print completions, or of --score the lines that were read with new
     logprobs. With `stream`, which needs an engine of one slot, text is printed as it comes; else a
-    completion is printed when it ends. The first rank appends lines of JSON to `output` as well."""
+    completion is printed when it ends. Lines of JSON go to `output` as well."""
     end = "\n\n" if len(requests) > 1 else "\n"
-    path = output if output and is_first_rank() else os.devnull
-    with open(path, "a", encoding="utf-8") as file:
-        for completion, piece in engine.generate(requests):
-            is_done = completion.finish_reason is not None
-            lead = completion.request.prompt if echo_prompt else ""
-            if read := completion.request.line:
-                progress("scoring", completion.request.id, end="\r")
-                completion.logprobs = engine.score(read["prompt_ids"], read["tokens"])
-            if is_done:
-                print(completion.json(), file=file, flush=True)
-            if stream and not as_json:
-                is_first = len(completion.tokens) <= 1
-                text = lead + piece if is_first else piece
-                print(text, end=end if is_done else "", flush=True)
-            elif is_done and as_json:
-                print(completion.json(), flush=True)
-            elif is_done:
-                print(lead + completion.text, end=end, flush=True)
+    for completion, piece in engine.generate(requests):
+        is_done = completion.finish_reason is not None
+        lead = completion.request.prompt if echo_prompt else ""
+        if read := completion.request.line:
+            progress("scoring", completion.request.id, end="\r")
+            completion.logprobs = engine.score(read["prompt_ids"], read["tokens"])
+            check_numbers(completion.logprobs)
+        if is_done:
+            output.write(completion.json())
+        if stream and not as_json:
+            is_first = len(completion.tokens) <= 1
+            text = lead + piece if is_first else piece
+            print(text, end=end if is_done else "", flush=True)
+        elif is_done and as_json:
+            print(completion.json(), flush=True)
+        elif is_done:
+            print(lead + completion.text, end=end, flush=True)

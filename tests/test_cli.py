@@ -133,8 +133,8 @@ def test_bad_input_as_a_process(tiny, tmp_path):
     assert debugged.stderr.endswith(f"scripts.checkpoint.Refusal: {message}")
 
 
-def test_a_bug_is_one_line_as_well(tiny, monkeypatch, capsys):
-    """Status 1, and its name; with GPT_EXACT_DEBUG=1 it is raised, and so is what a user does."""
+def test_a_bug_is_a_traceback_and_a_line(tiny, monkeypatch, capsys):
+    """And status 1; with GPT_EXACT_DEBUG=1 it is raised, and so is what a user does."""
 
     def write(*_):
         raise LookupError("lost\nand not found")
@@ -143,7 +143,8 @@ def test_a_bug_is_one_line_as_well(tiny, monkeypatch, capsys):
     argv = ["--checkpoint_path", tiny, *QUICK]
     assert exit_status(monkeypatch, *argv) == 1
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "error: this is a bug: LookupError: lost and not found\n")
+    assert out == "" and err.startswith("Traceback") and "LookupError: lost" in err
+    assert err.endswith("\nerror: this is a bug in the code, not in what you gave\n")
     monkeypatch.setenv("GPT_EXACT_DEBUG", "0")
     assert exit_status(monkeypatch, *argv) == 1
     monkeypatch.setenv("GPT_EXACT_DEBUG", "1")

@@ -1,0 +1,102 @@
+"""Files that are written. What somebody else wrote is never written over, and nobody finds half of
+anything."""
+
+import contextlib
+import fcntl
+import gzip
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from scripts.checkpoint import Refusal, refusing
+
+WRITTEN = ("output", "profile")  # flags that name a file which is written
+READ = ("prompts_file", "score", "random_weights")
+
+
+def check_paths(args) -> None:
+    """Raise Refusal where two flags name the same file, of which one is to be written."""
+    paths = {flag: getattr(args, flag) for flag in WRITTEN + READ if getattr(args, flag)}
+    for written in WRITTEN:
+        for flag, path in paths.items():
+            if flag != written and written in paths and is_same(path, paths[written]):
+                raise Refusal(f"--{written} and --{flag} are the same file, {path}")
+
+
+def is_same(a: Path, b: Path) -> bool:
+    """Whether both are one file, which may have several names, or would be one."""
+    with contextlib.suppress(OSError):  # one of them is not there yet
+        return os.path.samefile(a, b)
+    return Path(a).resolve() == Path(b).resolve()
+
+
+class Output:
+    """Lines of JSON that are added to a file, which is locked as long as this lives, or that go
+    into a pipe; a `path` of None stands for none. Raises Refusal or OSError."""
+
+    def __init__(self, path: Path | None, name: str = "--output"):
+        self.path = path
+        self.name = f"{name} {path}"
+        self.file = None
+        self.is_pipe = False
+        if path is None:
+            return
+        # A pipe that nobody reads is an error, instead of a wait for somebody.
+        how = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+        with refusing(f"{self.name} cannot be written", OSError):
+            number = os.open(path, how, mode=0o666)
+        os.set_blocking(number, True)
+        self.file = open(number, "w", encoding="utf-8")
+        self.is_pipe = not path.is_file()
+        if not self.is_pipe:
+            self.lock()
+
+    def lock(self) -> None:
+        """Until the file is closed, or this process dies. Some file systems know no locks."""
+        taken = refusing(f"{self.name} is being written by another run", BlockingIOError)
+        with contextlib.suppress(OSError), taken:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def __enter__(self) -> "Output":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.file:
+            self.file.close()
+
+    def read(self) -> bytes:
+        """All that is there, for one to see whether it may be added to."""
+        return b"" if self.file is None or self.is_pipe else self.path.read_bytes()
+
+    def cut(self, length: int) -> None:
+        """Leave so many bytes."""
+        self.file.truncate(length)
+
+    def write(self, line: str) -> None:
+        """Add a line, all at once."""
+        if self.file:
+            self.file.write(f"{line}\n")
+            self.file.flush()
+
+
+@contextlib.contextmanager
+def new_trace(path: Path) -> Iterator[str]:
+    """The name of a file to write, which then becomes `path`. Raises Refusal where that is there
+    and is no trace."""
+    if path.exists() and not is_trace(path):
+        raise Refusal(f"--profile {path} is there and is no trace, expected a new name")
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        work = os.path.join(folder, path.name)
+        yield work
+        os.replace(work, path)
+
+
+def is_trace(path: Path) -> bool:
+    """Whether a file is one of PyTorch's profiler."""
+    if not path.is_file():
+        return False
+    read = gzip.open if path.suffix == ".gz" else open
+    with contextlib.suppress(OSError, EOFError), read(path, "rb") as file:
+        return b'"schemaVersion"' in file.read(100)
+    return False
