@@ -189,6 +189,7 @@ class Engine:
 
 def build(args, model: Transformer, tokenizer: Tokenizer, length: int) -> Engine:
     """An engine for texts of `length` tokens, with what drafts by the flags, warm."""
+    machine.check_cache_fits(model, args.batch_size, length)
     drafter = load_drafter(args, model, tokenizer, length, build)
     machine.set_up(model, args.compile, args.compile_prefill)
     engine = Engine(model, tokenizer, args.batch_size, length, args.prefill_chunk, drafter)

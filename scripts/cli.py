@@ -20,8 +20,8 @@ QUANTIZE_MODES = ("int8", "int4")
 GROUP_SIZES = (32, 64, 128)
 
 RANGES = RANGES_OF_A_REQUEST | {
-    "num_samples": COUNT,
-    "batch_size": COUNT,
+    "num_samples": (1, 10**6),
+    "batch_size": (1, 1 << 16),
     "prefill_chunk": (0, INFINITY),
     "max_seq_length": COUNT,
     "speculate_k": (1, 64),

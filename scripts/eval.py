@@ -17,6 +17,7 @@ if __name__ == "__main__":  # its own folder has names that would hide those of 
 import generate  # noqa: E402
 from scripts import cli  # noqa: E402
 from scripts.checkpoint import Refusal, refusing  # noqa: E402
+from scripts.requests import check_numbers  # noqa: E402
 from scripts.tokenizer import Tokenizer  # noqa: E402
 
 
@@ -31,6 +32,7 @@ def score(engine, ids: list[int], first: int) -> tuple[list[float], bool]:
 
     scores = engine.score(ids[:first], ids[first:], measure)
     logprobs = [logprob for logprob, _ in scores]
+    check_numbers(logprobs)
     return logprobs, all(is_likeliest for _, is_likeliest in scores)
 
 
@@ -41,7 +43,9 @@ def log_likelihood(engine, ids: list[int], window: int, stride: int) -> float:
     done = 1
     for end in [*range(window, len(ids), stride), len(ids)]:
         start = max(end - window, 0)
-        total += math.fsum(engine.score(ids[start:done], ids[done:end]))
+        logprobs = engine.score(ids[start:done], ids[done:end])
+        check_numbers(logprobs)
+        total += math.fsum(logprobs)
         done = end
         perplexity = math.exp(-total / (done - 1))
         end_of_line = "\n" if done == len(ids) else "\r"

@@ -52,8 +52,8 @@ def load(args, ranks: int | None = None) -> tuple[Transformer, Tokenizer]:
         config = replace(config, stored=False)  # random weights are quantized while loading
     ops = BATCH_INVARIANT if args.deterministic else FAST
     model = Transformer(config, ops, device, PRECISIONS[args.precision], ranks or tp.world)
+    machine.check_fits(device, least_bytes(model), f"{path}: a model")
     if shape:
-        machine.check_fits(device, least_bytes(model), f"{path}: a model")
         machine.randomize(model)
     else:
         slices = checkpoint.open_weights(directory, tensor_shapes(model))

@@ -95,6 +95,13 @@ def check_fits(device: torch.device, needed: int, what: str) -> None:
         raise Refusal(f"{what} takes {size} or more, and {device} has {total / 1e9:.0f} GB")
 
 
+def check_cache_fits(model, batch_size: int, length: int) -> None:
+    """Raise Refusal for a KV cache of more than all memory."""
+    numbers = 2 * len(model.layers) * len(model.heads) * model.config.head_dim
+    needed = batch_size * length * numbers * model.dtype.itemsize
+    check_fits(model.device, needed, f"a cache of {batch_size} x {length} tokens")
+
+
 def tune_memory(device: torch.device, huge_pages: bool) -> None:
     """After loading: have the allocator keep the memory it has, and move that to huge pages."""
     if sys.platform != "linux" or device.type != "cpu":
