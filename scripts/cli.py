@@ -2,6 +2,7 @@
 be, and errors as one line."""
 
 import argparse
+import contextlib
 import io
 import os
 import sys
@@ -208,12 +209,14 @@ def explain(error: BaseException, status: int) -> None:
 
 
 def speak_utf8() -> None:
-    """Texts are UTF-8, whatever the locale is. Tests put something else in a stream's place."""
+    """Texts are UTF-8, whatever the locale is: where nothing has been read yet, of what Python put
+    there itself."""
     kinds = {"stdin": "surrogateescape", "stdout": "strict", "stderr": "backslashreplace"}
     for name, errors in kinds.items():
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors=errors)
+            with contextlib.suppress(io.UnsupportedOperation):
+                stream.reconfigure(encoding="utf-8", errors=errors)
 
 
 def progress_of(work: str) -> Callable[[int, int], None]:

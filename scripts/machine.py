@@ -82,7 +82,8 @@ def memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     path = Path("/proc/meminfo")
-    lines = [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = [line.split() for line in text.splitlines()]
     found = {words[0]: int(words[1]) << 10 for words in lines}
     return found["MemTotal:"] + found["SwapTotal:"] if found else math.inf
 

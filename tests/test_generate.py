@@ -342,13 +342,15 @@ def test_eos_stops(tiny_dir, tmp_path):
 
 
 def test_eos_from_config(tiny_dir, tmp_path):
-    """Without a generation_config.json the id in config.json counts, a single number too."""
+    """Without a generation_config.json the id in config.json counts, a single number too, beside
+    the end token of the tokenizer."""
+    end = SPECIAL.index("<|end|>")
     directory = shutil.copytree(tiny_dir, tmp_path / "eos")
     (directory / "generation_config.json").unlink()
     config = json.loads((directory / "config.json").read_text())
     for given, want in ((7, {7}), ([8, 9], {8, 9}), (None, set())):
         write_json(directory / "config.json", config | {"eos_token_id": given})
-        assert Tokenizer(directory).eos_ids == want
+        assert Tokenizer(directory).eos_ids == want | {end}
 
 
 @pytest.mark.parametrize("length, new", [(CONTEXT - 5, 5), (CONTEXT - 1, 1), (CONTEXT, 0)])
