@@ -31,6 +31,11 @@ def is_same(a: Path, b: Path) -> bool:
     return Path(a).resolve() == Path(b).resolve()
 
 
+def open_at_once(path: str, flags: int) -> int:
+    """Of a pipe that nobody reads it is an error, instead of a wait for somebody."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o666)
+
+
 class Output:
     """Lines of JSON that are added to a file, which is locked as long as this lives, or that go
     into a pipe; a `path` of None stands for none. Raises Refusal or OSError."""
@@ -42,12 +47,9 @@ class Output:
         self.is_pipe = False
         if path is None:
             return
-        # A pipe that nobody reads is an error, instead of a wait for somebody.
-        how = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
         with refusing(f"{self.name} cannot be written", OSError):
-            number = os.open(path, how, mode=0o666)
-        os.set_blocking(number, True)
-        self.file = open(number, "w", encoding="utf-8")
+            self.file = open(path, "a", encoding="utf-8", opener=open_at_once)
+        os.set_blocking(self.file.fileno(), True)
         self.is_pipe = not path.is_file()
         if not self.is_pipe:
             self.lock()
