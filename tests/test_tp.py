@@ -32,6 +32,7 @@ from scripts import cli, quantized  # noqa: E402
 from scripts.contract import complete  # noqa: E402
 from scripts.drafts import PromptLookup  # noqa: E402
 from scripts.loading import read_config, tensor_shapes  # noqa: E402
+from scripts.ranks import join  # noqa: E402
 from scripts.requests import Request  # noqa: E402
 from scripts.tokenizer import Tokenizer  # noqa: E402
 
@@ -177,7 +178,7 @@ def refused_by(who):
 
 def work(folder):
     """All answers, and what the negative controls and the counters say."""
-    tp.start()
+    join()
     modes = MODES[tp.world]
     plain, full = modes[:2]
     found = {str(mode): answers(load(folder, mode, True)) for mode in modes}
