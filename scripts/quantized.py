@@ -65,9 +65,10 @@ def write_weights(model: Transformer, source: Path, slices: dict, work: Path) ->
 
 
 def check_finite(stored: dict[str, torch.Tensor], tensor: str) -> None:
-    """Raise Refusal where a number is none: whatever is quantized with it would be lost."""
+    """Raise Refusal where a number is none, or the scale of a group with such a number in it."""
     for part in stored.values():
-        if part.is_floating_point() and not torch.stack(part.aminmax()).isfinite().all():
+        is_code = part.dtype.itemsize == 1
+        if not is_code and not torch.stack(part.aminmax()).isfinite().all():
             raise Refusal(f"{tensor} has NaN, inf or numbers too large, expected finite ones")
 
 

@@ -7,6 +7,8 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 import types
 import zipfile
 from fnmatch import fnmatch
@@ -15,6 +17,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
@@ -409,17 +412,37 @@ def test_pip_fails(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def fake_hub(monkeypatch, names):
-    """A huggingface_hub with one repository that has the files `names`, each a word of text."""
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HTML = b"<!DOCTYPE html><html><body>Please log in</body></html>"
 
-    def snapshot_download(repo, local_dir, allow_patterns, ignore_patterns):
-        assert repo == "org/name"
+
+def hub_files():
+    """What is in the files of a checkpoint, by the end of the name; "" stands for others."""
+    config = json.dumps({"model_type": "llama"}).encode()
+    tensor = safetensors.numpy.save({"x": np.zeros(3)})
+    return {".json": config, ".safetensors": tensor, "": b"x"}
+
+
+def fake_hub(monkeypatch, names, **contents):
+    """A huggingface_hub with one repository that has the files `names`, with that in them, or by
+    the end of their names what `contents` says."""
+    known = hub_files() | {f".{suffix}": content for suffix, content in contents.items()}
+
+    class HfApi:
+        def model_info(self, repository, files_metadata, timeout):
+            assert repository == "org/name" and files_metadata and timeout
+            siblings = [types.SimpleNamespace(size=1000) for _ in names]
+            return types.SimpleNamespace(sha=COMMIT, siblings=siblings)
+
+    def snapshot_download(repo, revision, local_dir, allow_patterns, ignore_patterns):
+        assert (repo, revision) == ("org/name", COMMIT)
         for name in names:
             allowed = any(fnmatch(name, pattern) for pattern in allow_patterns)
             if allowed and not fnmatch(name, ignore_patterns):
-                (Path(local_dir) / name).write_text("x")
+                path = Path(local_dir) / name
+                path.write_bytes(known.get(path.suffix, known[""]))
 
-    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download, HfApi=HfApi)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
 
 
@@ -444,6 +467,140 @@ def test_hub_without_safetensors(tmp_path, monkeypatch, capsys):
     assert (status, len(lines)) == (2, 1)
     assert lines[0].startswith("error: org/name: ") and "safetensors" in lines[0]
     assert os.listdir(tmp_path) == []
+
+
+# ---- names, and what is not what its name says
+
+
+NAMES = "a/b/.. a/b/ /a/b a a/b/c ../x a//b . .. / ./x x/. -a/b a/-b a/b.. a..b/c a/b--c é/b"
+
+
+@pytest.mark.parametrize(
+    "name", [*NAMES.split(), "", " ", "a b/c", "a/b ", "a/b\n", "https://x.y/a/b"]
+)
+def test_an_odd_name_of_a_repository_is_refused(tmp_path, monkeypatch, capsys, name):
+    fake_hub(monkeypatch, WANTED)
+    for out in (tmp_path / "model", tmp_path / "new" / "model"):
+        status, lines = run_script(monkeypatch, capsys, "--out", out, "--", name)
+        assert (status, len(lines)) == (2, 1)
+        assert "expected FILE.gguf, or org/name of the hub such as " in lines[0]
+        assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["a/b", "0a/b_", "a.b-c/D.0-e_f"])
+def test_a_plain_name_is_not_refused(name):
+    download.check_source(name)
+
+
+OUTS = {"file": "file exists", "full": "full exists", "/": "has no name", "": "has no name"}
+OUTS |= {"gone/..": "has no name", "file/new": "file is no directory", "link": "link exists"}
+OUTS |= {"in.gguf": "in.gguf exists", "full/..": "has no name", "n" * 256: "name too long"}
+
+
+@pytest.mark.parametrize("out", OUTS)
+def test_a_target_that_cannot_be_made_is_refused(tmp_path, monkeypatch, capsys, out):
+    path = write_gguf(tmp_path / "in.gguf")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full" / "mine").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("nothing")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    status, lines = run_script(monkeypatch, capsys, path, "--out", out)
+    assert (status, len(lines)) == (2, 1)
+    assert OUTS[out].lower() in lines[0].lower()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_link_to_an_empty_directory_is_followed(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    download.fetch(tmp_path / "link", str(write_gguf(tmp_path / "in.gguf")))
+    assert (tmp_path / "empty" / "config.json").is_file()
+    assert sorted(os.listdir(tmp_path)) == ["empty", "in.gguf", "link"]
+
+
+WRONG = {  # what a proxy sends for files of an ending, and which file is named
+    "html as weights": ({"safetensors": HTML}, "model-0000"),
+    "html as json": ({"json": HTML}, "json"),
+    "html as merges": ({"txt": b"\n  <HTML>no</HTML>"}, "merges.txt"),
+    "html as sentencepiece": ({"model": HTML}, "tokenizer.model"),
+    "html as a template": ({"jinja": HTML.lower()}, "chat_template.jinja"),
+    "nothing as weights": ({"safetensors": b""}, "model-0000"),
+    "cut weights": ({"safetensors": hub_files()[".safetensors"][:-1]}, "model-0000"),
+    "a header of 2^60 bytes": ({"safetensors": b"\xff" * 7 + b"\x0f{}"}, "model-0000"),
+    "a list": ({"json": b"[]"}, "config.json"),
+    "another object": ({"json": b'{"error": "no"}'}, "config.json"),
+    "a deep list": ({"json": b"[" * 100_000}, "json"),
+    "latin-1": ({"json": b'{"model_type": "\xe9"}'}, "json"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_not_what_its_name_says_is_not_kept(tmp_path, monkeypatch, capsys, case):
+    contents, name = WRONG[case]
+    fake_hub(monkeypatch, [*WANTED, "merges.txt"], **contents)
+    status, lines = run_script(monkeypatch, capsys, "org/name", "--out", tmp_path / "new" / "m")
+    assert (status, len(lines)) == (2, 1)
+    assert lines[0].startswith("error: org/name: ") and name in lines[0], lines
+    assert os.listdir(tmp_path) == []
+
+
+def broken_ggufs():
+    """Bytes by what is wrong with them: the tiny one, cut or with other numbers in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole = write_gguf(Path(folder) / "in.gguf").read_bytes()
+    broken = {"html": HTML, "zeros": bytes(5000), "magic": b"GGUF", "version": whole[:4] * 9}
+    for share in (0.02, 0.2, 0.5, 0.9, 0.999):
+        broken[f"cut at {share}"] = whole[: int(share * len(whole))]
+    huge = (2**60).to_bytes(8, "little")
+    broken["tensors"] = whole[:8] + huge + whole[16:]
+    broken["metadata"] = whole[:16] + huge + whole[24:]
+    where = whole.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 8
+    broken["array"] = whole[:where] + huge + whole[where + 8 :]
+    where = whole.index(b"blk.0.attn_v.weight") + len("blk.0.attn_v.weight")
+    broken["dimensions"] = whole[:where] + huge[4:] + whole[where + 4 :]
+    broken["rows"] = whole[: where + 4] + huge + whole[where + 12 :]
+    broken["no utf-8"] = whole.replace(b"llama.block_count", b"llama.block_coun\xff")
+    broken["twice"] = whole.replace(b"llama.embedding_length", b"llama.embedding_lengtx", 1)
+    nested = b"".join([whole[:16], (1).to_bytes(8, "little"), (1).to_bytes(8, "little"), b"x"])
+    nested += (9).to_bytes(4, "little")
+    broken["nested"] = nested + ((9).to_bytes(4, "little") + (1).to_bytes(8, "little")) * 9999
+    return broken
+
+
+BROKEN = broken_ggufs()
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_gguf_is_one_line(tmp_path, monkeypatch, capsys, case):
+    path = tmp_path / "in.gguf"
+    path.write_bytes(BROKEN[case])
+    began = time.monotonic()
+    status, lines = run_script(monkeypatch, capsys, path, "--out", tmp_path / "new" / "model")
+    assert (status, len(lines)) == (2, 1), lines
+    assert lines[0].startswith(f"error: {path}: ") and len(lines[0]) > len(f"error: {path}: ") + 9
+    assert os.listdir(tmp_path) == ["in.gguf"]
+    assert time.monotonic() - began < 10
+
+
+def test_metadata_of_other_types_are_one_line(tmp_path, monkeypatch, capsys):
+    for key, value in (("head_count", 0), ("head_count", "four"), ("embedding_length", 1.5)):
+        heads = f"llama__attention__{key}" if key == "head_count" else f"llama__{key}"
+        path = write_gguf(tmp_path / "in.gguf", **{heads: value})
+        status, lines = run_script(monkeypatch, capsys, path, "--out", tmp_path / "model")
+        assert status == 2 and lines[-1].startswith(f"error: {path}: ")
+        assert os.listdir(tmp_path) == ["in.gguf"]
+
+
+def test_a_pipe_or_a_directory_is_no_gguf(tmp_path, monkeypatch, capsys):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "folder.gguf").mkdir()
+    (tmp_path / "zero.gguf").symlink_to("/dev/zero")
+    before = sorted(os.listdir(tmp_path))
+    for name in [*before, "missing.gguf"]:
+        found = run_script(monkeypatch, capsys, tmp_path / name, "--out", tmp_path / "model")
+        assert found == (2, [f"error: {tmp_path / name}: no such file, expected a GGUF"])
+        assert sorted(os.listdir(tmp_path)) == before
 
 
 @pytest.mark.parametrize("module, source", [("huggingface_hub", "org/name"), ("gguf", "in.gguf")])
