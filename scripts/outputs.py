@@ -114,14 +114,8 @@ def new_directory(target: Path) -> Iterator[Path]:
     Beside it, in its parent, is room for temporary files. What killed runs have left of the same
     target is removed. Raises Taken, or OSError."""
     remove_leftovers(target)
-    made = tempfile.mkdtemp(prefix=start_of_folders(target), dir=target.parent)
-    lock = os.open(made, os.O_RDONLY)
-    folder = Path(f"{made}.unfinished")
+    folder, lock = new_folder(target)
     try:
-        with contextlib.suppress(OSError):  # some file systems know no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        # Nobody takes it for a leftover before it is locked, as it has another name.
-        os.rename(made, folder)
         work = folder / target.name  # `folder` itself is closed to other users
         work.mkdir()
         yield work
@@ -131,8 +125,22 @@ def new_directory(target: Path) -> Iterator[Path]:
             raise Taken(f"{target} cannot be made: {cause(error)}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(made, ignore_errors=True)
         os.close(lock)
+
+
+def new_folder(target: Path) -> tuple[Path, int]:
+    """A folder beside a target, and its descriptor, which is locked until it is closed or this
+    process dies."""
+    while True:
+        folder = tempfile.mkdtemp(".unfinished", start_of_folders(target), target.parent)
+        # Before it is locked, another run may take it for a leftover.
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # some file systems know no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.exists(folder):
+                return Path(folder), lock
+            os.close(lock)
 
 
 def start_of_folders(target: Path) -> str:

