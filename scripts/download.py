@@ -116,7 +116,8 @@ def convert(path: str, out: Path) -> None:
         print(f"converting {Path(path).name}", file=sys.stderr)
         for name, content in files.items():
             text = json.dumps(content, indent=2) + "\n"
-            (out / f"{name}.json").write_text(text, encoding="utf-8")
+            with refusing(f"{out.name}/{name}.json cannot be written", OSError):
+                (out / f"{name}.json").write_text(text, encoding="utf-8")
         convert_weights(reader, files["config"]["head_dim"], out / "model.safetensors")
     except KeyError as error:
         raise Refusal(f"{error} is missing or not supported") from error
@@ -160,7 +161,7 @@ def convert_weights(reader, head_dim: int, path: Path) -> None:
         words = t.name.split(".")
         name = ".".join(word if word.isdigit() else GGUF["tensors"][word] for word in words)
         weights[name] = tensor(weight, dtype=bfloat16)
-    with refusing(f"{path.name} cannot be written", SafetensorError):
+    with refusing(f"{path.parent.name}/{path.name} cannot be written", SafetensorError):
         save_file(weights, path, {"format": "pt"})
     path.chmod(0o644)  # safetensors leaves it closed to other users
 

@@ -6,6 +6,7 @@ import fcntl
 import http.server
 import json
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -729,11 +730,11 @@ def peer(tmp_path):
     settings |= {"PIP_INDEX_URL": f"{url}/simple", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}
     settings |= {"PIP_CONFIG_FILE": os.devnull, "no_proxy": "*", "PIP_FIND_LINKS": ""}
 
-    def start(*args, patience=30, **limits):
+    def start(*args, patience=30, script="download.main()", **limits):
         code = "import sys; from scripts import download, peers\n"
         code += f"peers.PATIENCE, peers.LEAST = {patience}, 1000\n"
         code += "".join(f"download.{name} = {value}\n" for name, value in limits.items())
-        code += f"sys.argv[1:] = {[*map(str, args)]}\ndownload.main()"
+        code += f"sys.argv[1:] = {[*map(str, args)]}\n{script}"
         environment = os.environ | settings
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes)
@@ -903,7 +904,7 @@ MOMENTS = {  # what a process is about to do when it is killed, and the function
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import safetensors.torch
+{imports}
 from scripts import download, outputs
 def kill(*args, **options):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -916,12 +917,12 @@ download.fetch(Path(sys.argv[1]), sys.argv[2])
 def test_killed_at_a_moment(tmp_path, moment):
     """There is no target, and the next run leaves nothing else."""
     path = write_gguf(tmp_path / "in.gguf")
-    code = KILLED.format(name=MOMENTS[moment])
+    name = MOMENTS[moment]
+    code = KILLED.format(name=name, imports="import safetensors.torch" if "torch" in name else "")
     argv = [sys.executable, "-c", code, str(tmp_path / "out"), str(path)]
-    for _ in range(2):
-        assert subprocess.run(argv, cwd=ROOT, check=False).returncode == -signal.SIGKILL
-        (left,) = [name for name in os.listdir(tmp_path) if name != "in.gguf"]
-        assert left.startswith(".out.")
+    assert subprocess.run(argv, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    (left,) = [name for name in os.listdir(tmp_path) if name != "in.gguf"]
+    assert left.startswith(".out.")
     download.fetch(tmp_path / "out", str(path))
     assert sorted(os.listdir(tmp_path)) == ["in.gguf", "out"]
     assert load_file(tmp_path / "out" / "model.safetensors")
@@ -972,3 +973,35 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     with outputs.new_directory(tmp_path / "out") as work:
         (work / "file").touch()
     assert sorted(os.listdir(tmp_path)) == [".out.abcd1234.unfinished", "out"]
+
+
+@pytest.mark.parametrize("size, name", [(0, "config"), (1000, "tokenizer"), (50_000, "model")])
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys, size, name):
+    """Whichever file it is that cannot be written whole."""
+    path = write_gguf(tmp_path / "in.gguf")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        status, lines = run_script(monkeypatch, capsys, path, "--out", tmp_path / "new" / "m")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2 and len(lines) == 2
+    assert f"m/{name}" in lines[1] and "too large" in lines[1]
+    assert os.listdir(tmp_path) == ["in.gguf"]
+
+
+@pytest.mark.parametrize("mood", ["page", "slow"])
+def test_a_default_model_that_cannot_be_had(tmp_path, peer, mood):
+    """By generate.py, two lines: what it is about to do, and why it could not."""
+    answers, start = peer
+    answers.moods, limits, word = INDEX_MOODS[mood]
+    script = "from scripts import cli, loading\n"
+    script += (
+        f"download.DEFAULT = download.Path({str(tmp_path / 'new' / download.DEFAULT.name)!r})\n"
+    )
+    script += "cli.run([lambda: loading.find(None)])"
+    _, err = start(script=script, **limits).communicate(timeout=30)
+    first, second = err.splitlines()
+    assert first.endswith(f"{download.DEFAULT.name} is missing, fetching it")
+    assert second.startswith("error: the default checkpoint cannot be had: ") and word in second
+    assert os.listdir(tmp_path) == []
