@@ -327,6 +327,8 @@ def main() -> None:
     parser.add_argument("source", nargs="?", default=DEFAULT.name, metavar="FILE.gguf | org/name")
     parser.add_argument("--out", type=Path, metavar="DIR")
     args = parser.parse_args()
+    if [] in (args.source, args.out):  # what argparse makes of --out=--
+        parser.error("expected something else than --")
     name = Path(args.source).name.removesuffix(".gguf")
     try:
         fetch(args.out or DEFAULT.parent / name, args.source)

@@ -510,6 +510,11 @@ def test_an_odd_name_of_a_repository_is_refused(tmp_path, monkeypatch, capsys, n
         assert os.listdir(tmp_path) == []
 
 
+def test_two_dashes_are_no_target(monkeypatch, capsys):
+    status, lines = run_script(monkeypatch, capsys, "a/b", "--out=--")
+    assert (status, lines) == (2, ["error: expected something else than --"])
+
+
 @pytest.mark.parametrize("name", ["a/b", "0a/b_", "a.b-c/D.0-e_f"])
 def test_a_plain_name_is_not_refused(name):
     download.check_source(name)

@@ -642,6 +642,12 @@ def test_a_mode_is_needed_and_the_choices_are_named(copied):
     )
 
 
+@pytest.mark.parametrize("flag", ["--out", "--checkpoint_path", "--mode", "--group_size"])
+def test_two_dashes_are_no_value(copied, flag):
+    flags = ["--checkpoint_path", copied, "--mode", "int8", f"{flag}=--"]
+    assert_one_line_and_nothing_written(command(*flags), flag, copied.parent)
+
+
 def test_several_processes_are_refused(copied, monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
