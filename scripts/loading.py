@@ -36,18 +36,15 @@ def load(args, ranks: int | None = None) -> tuple[Transformer, Tokenizer]:
     if args.deterministic:
         refuse_rocm(args.device)
     device = machine.find_device(args.device, tp.world)
-    shape, directory = args.random_weights, args.checkpoint_path or download.DEFAULT
-    if not (shape or args.checkpoint_path or directory.exists()):
-        cli.say(f"{directory} is missing, fetching it")
-        with checkpoint.refusing("the default checkpoint cannot be had", ValueError, ImportError):
-            download.fetch(directory)
+    shape = args.random_weights
+    directory = None if shape else find(args.checkpoint_path)
     path = shape or directory / "config.json"
     read = read_shape if shape else read_config
     config = read(path, args.quantize, args.group_size)
     angles = config.max_position_embeddings * config.head_dim // 2
     # Of each in fp32 itself, its cos and its sin, and these once more in one table.
     machine.check_fits(device, 5 * 4 * angles, f"{path}: a table of positions")
-    tokenizer = Tokenizer(None if shape else directory)
+    tokenizer = Tokenizer(directory)
     if shape:
         config = replace(config, stored=False)  # random weights are quantized while loading
     ops = BATCH_INVARIANT if args.deterministic else FAST
@@ -59,6 +56,17 @@ def load(args, ranks: int | None = None) -> tuple[Transformer, Tokenizer]:
         slices = checkpoint.open_weights(directory, tensor_shapes(model))
         load_weights(model, slices, cli.progress_of("loading"))
     return model, tokenizer
+
+
+def find(directory: Path | None) -> Path:
+    """The directory of a checkpoint, by default that of the default model, which is fetched where
+    it is missing. Raises Refusal or OSError."""
+    if directory or download.DEFAULT.exists():
+        return directory or download.DEFAULT
+    cli.say(f"{download.DEFAULT} is missing, fetching it")
+    with checkpoint.refusing("the default checkpoint cannot be had", ValueError, ImportError):
+        download.fetch(download.DEFAULT)
+    return download.DEFAULT
 
 
 def tensor_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:

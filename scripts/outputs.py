@@ -5,11 +5,13 @@ import contextlib
 import fcntl
 import gzip
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts.checkpoint import Refusal, refusing
+from scripts.checkpoint import Refusal, cause, refusing
 
 WRITTEN = ("output", "profile")  # flags that name a file which is written
 READ = ("prompts_file", "score", "random_weights")
@@ -102,3 +104,65 @@ def is_trace(path: Path) -> bool:
     with contextlib.suppress(OSError, EOFError), read(path, "rb") as file:
         return b'"schemaVersion"' in file.read(100)
     return False
+
+
+class Taken(Refusal):
+    """While a directory was made, somebody else has made one of that name."""
+
+
+@contextlib.contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `target` where no error is raised: whole or not at all.
+    Beside it, in its parent, is room for temporary files. What killed runs have left of the same
+    target is removed. Raises Taken, or OSError."""
+    remove_leftovers(target)
+    folder, lock = new_folder(target)
+    try:
+        work = folder / target.name  # `folder` itself is closed to other users
+        work.mkdir()
+        yield work
+        try:
+            work.rename(target)
+        except OSError as error:
+            raise Taken(f"{target} cannot be made: {cause(error)}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def new_folder(target: Path) -> tuple[Path, int]:
+    """A folder beside a target, and its descriptor, which is locked until it is closed or this
+    process dies."""
+    while True:
+        folder = tempfile.mkdtemp(".unfinished", start_of_folders(target), target.parent)
+        # Before it is locked, another run may take it for a leftover.
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # some file systems know no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.path.exists(folder):
+                return Path(folder), lock
+            os.close(lock)
+
+
+def start_of_folders(target: Path) -> str:
+    """That of the names of the folders in which a target is made, which may be shorter than its
+    own: a file system has a limit."""
+    return f".{target.name[:40]}."
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove the folders in which a target was made by processes that are dead: the lock of one
+    dies with its owner."""
+    pattern = re.compile(re.escape(start_of_folders(target)) + r"[a-z0-9_]{8}\.unfinished")
+    left = []
+    with contextlib.suppress(OSError):  # not all that can be written can be read
+        left = [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]
+    for path in left:
+        with contextlib.suppress(OSError):  # locked, or another user's, or gone
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(lock)

