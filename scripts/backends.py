@@ -4,7 +4,8 @@ transformers 5 builds them."""
 import json
 from pathlib import Path
 
-from scripts.checkpoint import Refusal, read_json
+from scripts.checkpoint import read_json
+from scripts.files import Refusal, is_there, text_in
 from scripts.pipelines import BUILDERS, OF_VOCAB, Builder, builder_of_json, class_name, mend_words
 from scripts.special_tokens import AddedToken, SpecialTokens, read_token
 
@@ -48,7 +49,7 @@ class JsonTokenizer:
             self.tokenizer.add_special_tokens(sorted({token.content for token in tokens.all()}))
         self.named = {name: token.content for name, token in tokens.named.items()}
         self.hidden = {i: token.content for i, token in self.added().items() if token.special}
-        if not (directory / "tokenizer.json").exists():
+        if not is_there(directory / "tokenizer.json"):
             self.set_ends(settings)
         elif builder and builder.bos is not None:
             self.set_ends({"add_bos_token": builder.bos})
@@ -100,12 +101,12 @@ def read_content(
     for files of a class that is not known."""
     path = directory / "tokenizer.json"
     name = class_name(settings, config)
-    if not path.exists():
+    if not is_there(path):
         if name not in OF_VOCAB:
             known = ", ".join(OF_VOCAB)
             raise Refusal(f"tokenizer_class is {name}, beside vocab.json expected one of {known}")
         return {"model": read_vocab(directory)}, BUILDERS[name]
-    text = path.read_text(encoding="utf-8")
+    text = text_in(path)
     builder = builder_of_json(name, config.get("model_type"), text)
     if builder:
         content = json.loads(text)
@@ -118,10 +119,10 @@ def read_content(
 def read_vocab(directory: Path) -> dict:
     """The model of vocab.json and merges.txt. Raises Refusal."""
     path = directory / "merges.txt"
-    if not path.exists():
+    if not is_there(path):
         raise Refusal("expected merges.txt beside vocab.json")
     merges = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for line in text_in(path).split("\n"):
         line = line.removesuffix("\r")
         if line and not line.startswith("#version"):
             merges.append(line.split(" "))

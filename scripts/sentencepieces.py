@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from scripts.files import read_file
 from scripts.pipelines import BUILDERS
 from scripts.special_tokens import AddedToken, SpecialTokens
 
@@ -26,7 +27,7 @@ class SentencePiece:
     def __init__(self, directory: Path, settings: dict, name: str | None):
         from sentencepiece import SentencePieceProcessor
 
-        content = (directory / "tokenizer.model").read_bytes()
+        content = read_file(directory / "tokenizer.model")
         self.pieces = SentencePieceProcessor(model_proto=content)
         self.inner = SentencePieceProcessor(model_proto=content + NO_SPACE_FIRST)
         self.plain = SentencePieceProcessor(model_proto=content + AS_IT_IS)

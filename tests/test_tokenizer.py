@@ -548,5 +548,6 @@ def test_every_file_says_its_encoding():
     calls = ("read_text(", "write_text(", "open(")
     for path in [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]:
         for line in path.read_text(encoding="utf-8").splitlines():
+            line = line.replace("os.open(", "")  # which opens no text
             opens = any(f" {call}" in line or f".{call}" in line for call in calls)
             assert not opens or "encoding=" in line or "safe_open" in line, (path, line)
