@@ -1,11 +1,14 @@
 """Tokenizers of the package `tokenizers`, from tokenizer.json or from vocab.json and merges.txt, as
 transformers 5 builds them."""
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from scripts.checkpoint import read_json
-from scripts.files import Refusal, is_there, text_in
+from scripts.files import Refusal, is_there, refusing, text_in
 from scripts.pipelines import BUILDERS, OF_VOCAB, Builder, builder_of_json, class_name, mend_words
 from scripts.special_tokens import AddedToken, SpecialTokens, read_token
 
@@ -39,7 +42,8 @@ class JsonTokenizer:
             listed = {t["id"]: read_token(t) for t in content.get("added_tokens", [])}
             tokens = SpecialTokens(directory, settings, builder.names, listed)
             content = rebuilt(content, builder, settings, tokens)
-        self.tokenizer = tokenizers.Tokenizer.from_str(content)
+        with refusing(tokenizer_files(directory), Exception), refusing_panics():
+            self.tokenizer = tokenizers.Tokenizer.from_str(content)
         there = self.added()
         if not builder:
             tokens = SpecialTokens(directory, settings, {}, there)
@@ -84,13 +88,50 @@ class JsonTokenizer:
         )
 
     def encode(self, text: str, bos: bool) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=bos).ids
+        with refusing_panics():
+            return self.tokenizer.encode(text, add_special_tokens=bos).ids
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
 
     def vocab(self) -> dict[str, int]:
         return self.tokenizer.get_vocab()
+
+
+@contextlib.contextmanager
+def refusing_panics() -> Iterator[None]:
+    """Within, what the package did not foresee, such as an expression that takes too long, becomes
+    a Refusal. Rust would write pages to standard error and raise what is no Exception."""
+    try:
+        with silent():
+            yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise Refusal(f"the package tokenizers cannot do that: {error}") from error
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Within, nothing is written to standard error, by whatever."""
+    try:
+        before = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 2)
+        os.close(nothing)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
+def tokenizer_files(directory: Path) -> str:
+    is_one = is_there(directory / "tokenizer.json")
+    return "tokenizer.json" if is_one else "vocab.json or merges.txt"
 
 
 def read_content(
@@ -109,7 +150,8 @@ def read_content(
     text = text_in(path)
     builder = builder_of_json(name, config.get("model_type"), text)
     if builder:
-        content = json.loads(text)
+        with refusing("tokenizer.json", ValueError, RecursionError):
+            content = json.loads(text)
         model = content.get("model") or {}
         if isinstance(model.get("vocab"), dict) and "merges" in model:
             return content, builder

@@ -86,8 +86,10 @@ def open_tensors(directory: Path) -> dict:
     indexed = weight_map(directory)
     slices = {}
     for path in weight_files(directory):
-        check_file(path)
-        with refusing(f"{path}: missing, truncated or corrupt", OSError, SafetensorError):
+        if is_there(path):
+            check_file(path)
+        wrong = (OSError, ValueError, SafetensorError)
+        with refusing(f"{path}: missing, truncated or corrupt", *wrong):
             file = safe_open(path, "pt")
         for name in file.keys():
             if name in slices and not indexed:

@@ -161,7 +161,8 @@ def read_lines(where: str, path: Path) -> list[tuple[int, bytes]]:
 
 
 def refusing_line(where: str, number: int):
-    return refusing(f"{where}, line {number} is refused", ValueError, TypeError, KeyError)
+    errors = (ValueError, TypeError, KeyError, RecursionError)
+    return refusing(f"{where}, line {number} is refused", *errors)
 
 
 def plain_text(line: bytes) -> str:

@@ -18,6 +18,7 @@ from helpers import CONTEXT, CORPUS, train_bpe, write_checkpoint, write_json
 
 from scripts import chat, checkpoint, files, machine, templates
 from scripts.files import Refusal
+from scripts.loading import read_shape
 from scripts.requests import message
 from scripts.templates import Renderer
 from scripts.tokenizer import Tokenizer
@@ -173,6 +174,23 @@ def test_an_answer_that_nobody_has_read_is_not_taken_for_another(monkeypatch):
     assert templates.render("{{ 3 }}", [], {}) == "3"
 
 
+# ---- expressions of a tokenizer
+
+EXPRESSIONS = ["(a+)+b", "(a|aa)+$x", "(a|a)+b"]
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_an_expression_that_takes_too_long(copy, capfd, expression):
+    """The package that meets it says so in pages, of which nothing is left."""
+    content = json.loads((copy / "tokenizer.json").read_text())
+    words = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated"}
+    content["pre_tokenizer"] = words | {"invert": False}
+    write_json(copy / "tokenizer.json", content)
+    with pytest.raises(Refusal, match="the package tokenizers cannot do that"):
+        Tokenizer(copy).encode(60 * "a")
+    assert capfd.readouterr().err == ""
+
+
 # ---- texts of any length
 
 LONG = {
@@ -247,6 +265,32 @@ KINDS = {
     "a link to nothing": (link_to("nothing"), "No such file"),
     "a link to itself": (lambda path: path.symlink_to(path), "symbolic links"),
 }
+WRONG = {
+    "tokenizer.json": '{"model": 5}',
+    "tokenizer_config.json": '{"bos_token": 5}',
+    "special_tokens_map.json": '{"eos_token": {"content": 5}}',
+    "generation_config.json": '{"eos_token_id": "x"}',
+    "chat_template.jinja": b"\xff",
+}
+
+
+@pytest.mark.parametrize("file, content", WRONG.items())
+def test_a_wrong_file_is_named(copy, file, content):
+    path = copy / file
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(Refusal, match=file):
+        Tokenizer(copy)
+
+
+@pytest.mark.parametrize("name", ["architectures", "layer_types"])
+@pytest.mark.parametrize("value", [5, True, {"a": 1}, [[1]], [{}]])
+def test_a_wrong_list_is_named(copy, name, value):
+    config = json.loads((copy / "config.json").read_text()) | {name: value}
+    write_json(copy / "config.json", config)
+    with pytest.raises(Refusal, match=f"{name} (is|has) "):
+        read_shape(copy / "config.json")
+
+
 FILES = """config.json generation_config.json tokenizer.json tokenizer_config.json
 special_tokens_map.json added_tokens.json chat_template.jinja model.safetensors
 model.safetensors.index.json""".split()
