@@ -12,6 +12,8 @@ from scripts.files import Refusal, is_there, refusing, text_in
 from scripts.pipelines import BUILDERS, OF_VOCAB, Builder, builder_of_json, class_name, mend_words
 from scripts.special_tokens import AddedToken, SpecialTokens, read_token
 
+LARGEST_GROWTH = 1000  # of a text, before it is cut into tokens
+
 
 class NoText:
     """What random weights have: ids that mean nothing."""
@@ -44,6 +46,7 @@ class JsonTokenizer:
             content = rebuilt(content, builder, settings, tokens)
         with refusing(tokenizer_files(directory), Exception), refusing_panics():
             self.tokenizer = tokenizers.Tokenizer.from_str(content)
+        self.check_growth(tokenizer_files(directory))
         there = self.added()
         if not builder:
             tokens = SpecialTokens(directory, settings, {}, there)
@@ -62,6 +65,12 @@ class JsonTokenizer:
         # Some are saved with a length to cut and to fill texts to, which are for training.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+
+    def check_growth(self, name: str) -> None:
+        """Raise Refusal for files that make much of little; `name` is what they are called."""
+        for part in (self.tokenizer.normalizer, self.tokenizer.decoder):
+            if part is not None and growth(json.loads(part.__getstate__())) > LARGEST_GROWTH:
+                raise Refusal(f"{name}: what replaces text makes it too long")
 
     def added(self) -> dict[int, AddedToken]:
         """The tokens that were added to the vocabulary, by their ids."""
@@ -96,6 +105,18 @@ class JsonTokenizer:
 
     def vocab(self) -> dict[str, int]:
         return self.tokenizer.get_vocab()
+
+
+def growth(part: dict) -> float:
+    """How many times as long as a text that is which comes out of a normalizer or a decoder, at
+    worst: one after the other may double it."""
+    found = 1.0
+    if part.get("type") == "Replace":
+        replaced = part["pattern"].get("String") or " "  # an expression may find a letter
+        found = max(found, len(part["content"]) / len(replaced))
+    for inner in part.get("normalizers") or part.get("decoders") or []:
+        found *= growth(inner)
+    return found
 
 
 @contextlib.contextmanager

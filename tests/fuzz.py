@@ -9,6 +9,7 @@ folder of that case."""
 import argparse
 import contextlib
 import copy
+import io
 import json
 import os
 import random
@@ -29,11 +30,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from helpers import SPECIAL, write_checkpoint, write_json  # noqa: E402
+from helpers import CORPUS, SPECIAL, write_checkpoint, write_json  # noqa: E402
 
 import generate  # noqa: E402
 from scripts import machine  # noqa: E402
 
+KINDS = ["plain", "chat", "chat", "plain", "pieces"]  # of cases, in this proportion
 SECONDS = 20
 MEMORY = 4 << 30  # bytes beyond what a process has at first
 OUTPUT = "out.jsonl"
@@ -41,6 +43,13 @@ DEEP = "@deep@"  # stands for a value that no recursion reaches the end of
 VALUES = [None, True, False, 0, 1, -1, 2, 3, 7, 64, 2**31, 2**40, 2**63, 10**30, -(10**30)]
 VALUES += [0.0, 0.5, -1.5, 1e38, 1e308, float("nan"), float("inf"), "", "x", "64", "a" * 100_000]
 VALUES += ["\ud800", "\0", "é🙂", [], [1], [None], [[1]], ["a", 1], {}, {"a": 1}, {"a": {}}, DEEP]
+VALUES += [
+    {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"},
+    {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated", "invert": False},
+    {"type": "Sequence", "normalizers": []},
+    {"type": "ByteFallback"},
+    {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False},
+]
 VALUES += [list(range(1000)), {str(i): i for i in range(300)}, "../x", "/etc/passwd"]
 SETTINGS = {  # that a config.json may have beside those that it has
     "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0},
@@ -293,10 +302,23 @@ def prepare(folder: Path) -> None:
     ]
     lines[1] = lines[1] if folder.name == "chat" else {"prompt": "a dog", "temperature": 0}
     text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    if folder.name == "pieces":
+        (folder / "checkpoint" / "tokenizer.json").unlink()
+        (folder / "checkpoint" / "tokenizer.model").write_bytes(pieces())
     (folder / "prompts.jsonl").write_text(text, encoding="utf-8")
     case = Case(folder, flags(folder.name), random.Random(0))
     found = run(case, SECONDS)
     assert found == [], found
+
+
+def pieces() -> bytes:
+    """A small model of sentencepiece."""
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    options = {"vocab_size": 300, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
+    SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=model, **options)
+    return model.getvalue()
 
 
 def flags(kind: str) -> list[str]:
@@ -308,7 +330,7 @@ def flags(kind: str) -> list[str]:
 def new_case(seed: int, right: Path, folder: Path) -> Case:
     """The same for the same seed."""
     chance = random.Random(seed)
-    kind = chance.choice(["plain", "chat"])
+    kind = chance.choice(KINDS)
     shutil.copytree(right / kind, folder)
     case = Case(folder, flags(kind), chance)
     if chance.random() < 0.5:
@@ -470,7 +492,7 @@ def main() -> None:
     args = parser.parse_args()
     warm_up()
     with tempfile.TemporaryDirectory() as right:
-        for name in ("plain", "chat"):
+        for name in set(KINDS):
             prepare(Path(right) / name)
         if args.keep:
             case = new_case(args.seed, Path(right), Path(tempfile.mkdtemp()) / "case")

@@ -191,6 +191,22 @@ def test_an_expression_that_takes_too_long(copy, capfd, expression):
     assert capfd.readouterr().err == ""
 
 
+DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+WIDENING = {"type": "Replace", "pattern": {"Regex": "."}, "content": 5000 * "a"}
+GROWING = {
+    "a normalizer": {"normalizer": {"type": "Sequence", "normalizers": 60 * [DOUBLING]}},
+    "a decoder": {"decoder": {"type": "Sequence", "decoders": 60 * [DOUBLING]}},
+    "one alone": {"normalizer": WIDENING},
+}
+
+
+@pytest.mark.parametrize("parts", GROWING.values(), ids=GROWING)
+def test_a_tokenizer_that_makes_texts_long(refuse, copy, parts):
+    content = json.loads((copy / "tokenizer.json").read_text()) | parts
+    write_json(copy / "tokenizer.json", content)
+    assert "tokenizer.json: what replaces text" in refuse("--checkpoint_path", copy)
+
+
 # ---- texts of any length
 
 LONG = {

@@ -23,7 +23,7 @@ def right(tmp_path_factory):
         patch.setattr(machine, "read_bandwidth", machine.read_bandwidth)
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         fuzz.warm_up()
-        for name in ("plain", "chat"):
+        for name in set(fuzz.KINDS):
             fuzz.prepare(folder / name)
         yield folder
 
