@@ -282,8 +282,9 @@ def spoil_flags(case: Case) -> None:
             case.argv.append(chance.choice(WORDS))
 
 
-SPOILERS = [spoil_config, spoil_json, spoil_header, spoil_bytes, spoil_kind, spoil_template]
+SPOILERS = [spoil_config, spoil_json, spoil_header, spoil_bytes, spoil_template]
 SPOILERS += [spoil_prompts, spoil_output, spoil_flags]
+SPOILERS += [spoil_kind]  # the last: of what is no file then, another would wait for an end
 
 
 # ---- the cases
@@ -335,9 +336,10 @@ def new_case(seed: int, right: Path, folder: Path) -> Case:
     case = Case(folder, flags(kind), chance)
     if chance.random() < 0.5:
         (folder / OUTPUT).unlink()
-    for _ in range(chance.choice([1, 1, 1, 2])):
+    spoilers = chance.choices(SPOILERS, k=chance.choice([1, 1, 1, 2]))
+    for spoil in sorted(spoilers, key=SPOILERS.index):
         with contextlib.suppress(OSError, ValueError, AttributeError, IndexError, KeyError):
-            chance.choice(SPOILERS)(case)  # which may not find what another has spoiled
+            spoil(case)  # which may not find what another has spoiled
     return case
 
 
