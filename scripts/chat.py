@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from scripts.checkpoint import is_first_rank, say
 from scripts.requests import RequestMaker, message
+from scripts.tokenizer import TooLong
 
 LENGTH = 1024  # tokens that a conversation has room for until it needs more
 
@@ -44,10 +45,12 @@ def answer(engine, history: list[dict], line: str, maker: RequestMaker) -> list[
     turns = [*history, message("user", line)]
     text = ""
     with contextlib.suppress(KeyboardInterrupt):
-        ids = maker.tokenizer.encode_chat(turns)
-        if len(ids) > maker.context:  # no reason to lose the conversation
-            limit = f"the context of {maker.context}"
-            say(f"{len(ids)} tokens do not fit {limit}: /clear starts over")
+        try:
+            ids = maker.tokenizer.encode_chat(turns)
+            if len(ids) > maker.context:
+                raise TooLong(f"{len(ids)} tokens do not fit the context of {maker.context}")
+        except TooLong as error:  # no reason to lose the conversation
+            say(f"{error}: /clear starts over")
             return history
         entry = {"id": "conversation", "prompt": line, "prompt_ids": ids}
         request = maker.make(entry)[0]

@@ -1,39 +1,20 @@
 """What a checkpoint directory holds: JSON files and those of the weights. Also, for all plumbing,
-how something is refused and how one speaks to the user."""
+how one speaks to the user."""
 
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from scripts.files import Refusal as Refusal  # all plumbing knows it as checkpoint.Refusal
+from scripts.files import check_file, is_there, text_in
+from scripts.files import refusing as refusing
+
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 INDEX = "model.safetensors.index.json"
-
-
-class Refusal(ValueError):
-    """The user gave something that cannot work; the message is the one line that they read."""
-
-
-@contextlib.contextmanager
-def refusing(message: str, *errors: type[Exception]) -> Iterator[None]:
-    """Within, such errors come from what the user gave: each becomes a Refusal of the message and
-    the cause."""
-    try:
-        yield
-    except errors as error:
-        raise Refusal(f"{message}: {cause(error)}") from error
-
-
-def cause(error: Exception) -> str:
-    """What an error says of itself, in words that one can read after a colon."""
-    if isinstance(error, KeyError):
-        return f"{error.args[0]} is missing"
-    return str(getattr(error, "strerror", None) or error)
 
 
 def is_one_of_several() -> bool:
@@ -64,10 +45,11 @@ def progress(*words, **options) -> None:
 
 def read_json(path: Path, default: dict | None = None) -> dict:
     """The JSON object in a file, or `default` where there is no file. Raises Refusal."""
-    with refusing(f"{path}: expected a JSON file", OSError, ValueError):
-        if default is not None and not path.exists():
-            return default
-        content = json.loads(path.read_text(encoding="utf-8"))
+    if default is not None and not is_there(path):
+        return default
+    text = text_in(path)
+    with refusing(f"{path}: expected a JSON file", ValueError, RecursionError):
+        content = json.loads(text)
     if not isinstance(content, dict):
         raise Refusal(f"{path}: expected a JSON object")
     return content
@@ -104,7 +86,10 @@ def open_tensors(directory: Path) -> dict:
     indexed = weight_map(directory)
     slices = {}
     for path in weight_files(directory):
-        with refusing(f"{path}: missing, truncated or corrupt", OSError, SafetensorError):
+        if is_there(path):
+            check_file(path)
+        wrong = (OSError, ValueError, SafetensorError)
+        with refusing(f"{path}: missing, truncated or corrupt", *wrong):
             file = safe_open(path, "pt")
         for name in file.keys():
             if name in slices and not indexed:

@@ -19,6 +19,7 @@ from scripts.requests import RANGES as RANGES_OF_A_REQUEST
 PRECISIONS = ("bf16", "fp16", "fp32")
 QUANTIZE_MODES = ("int8", "int4")
 GROUP_SIZES = (32, 64, 128)
+LONGEST = 1000  # characters of an error: what was given may be long
 
 RANGES = RANGES_OF_A_REQUEST | {
     "num_samples": (1, 10**6),
@@ -205,6 +206,8 @@ def explain(error: BaseException, status: int) -> None:
     if status == 1:
         traceback.print_exception(error)
         line = "this is a bug in the code, not in what you gave"
+    if len(line) > LONGEST:
+        line = f"{line[:LONGEST]} ... ({len(line)} characters)"
     print("error:", line, file=sys.stderr, flush=True)
 
 

@@ -16,7 +16,7 @@ if __name__ == "__main__":  # its own folder has names that would hide those of 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import generate  # noqa: E402
 from scripts import cli  # noqa: E402
-from scripts.checkpoint import Refusal, refusing  # noqa: E402
+from scripts.files import Refusal, read_stream, refusing, text_of  # noqa: E402
 from scripts.requests import check_numbers  # noqa: E402
 from scripts.tokenizer import Tokenizer  # noqa: E402
 
@@ -114,8 +114,9 @@ def adapter(engine):
 
 
 def report_perplexity(engine, path: str, window: int, stride: int) -> None:
-    with refusing(f"--text {path} cannot be read", OSError, ValueError):
-        ids = engine.tokenizer.encode(Path(path).read_text(encoding="utf-8"))
+    name = f"--text {path}"
+    text = text_of(name, read_stream(name, Path(path)))
+    ids = engine.tokenizer.encode(text)
     if len(ids) < 2:
         raise Refusal(f"--text {path} has {len(ids)} tokens, expected 2 or more")
     window = min(window, engine.length)

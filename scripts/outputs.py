@@ -30,7 +30,7 @@ def is_same(a: Path, b: Path) -> bool:
     """Whether both are one file, which may have several names, or would be one."""
     with contextlib.suppress(OSError):  # one of them is not there yet
         return os.path.samefile(a, b)
-    return Path(a).resolve() == Path(b).resolve()
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 def open_at_once(path: str, flags: int) -> int:

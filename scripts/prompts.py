@@ -3,11 +3,10 @@
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from scripts.checkpoint import Refusal, refusing
+from scripts.files import Refusal, read_stream, refusing
 from scripts.requests import RANGES, Request, RequestMaker, check_range, message
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -43,7 +42,9 @@ def read_prompts(texts: Iterable[str], maker: RequestMaker) -> list[Request]:
     for i, text in enumerate(texts):
         with refusing("--prompt", ValueError):
             typed = os.fsencode(text)  # which may be no text
-            found += maker.make({"id": i, "prompt": plain_text(typed)})
+            entry = {"id": i, "prompt": plain_text(typed)}
+            check_length(entry["prompt"], maker)
+            found += maker.make(entry)
     return found
 
 
@@ -64,8 +65,16 @@ def read_prompts_file(path: Path, maker: RequestMaker) -> list[Request]:
             if entry["id"] in ids:
                 raise Refusal(f"an earlier line has the id {entry['id']}")
             ids.add(entry["id"])
+            check_length(entry["prompt"], maker)
             found += maker.make(entry)
     return found
+
+
+def check_length(text: str, maker: RequestMaker) -> None:
+    """Raise Refusal for what need not be read to its end. A number of tokens is no text, and of a
+    chat the template says what the text is."""
+    if not (maker.chat or text.isdigit()):
+        maker.tokenizer.check_length(text, maker.context)
 
 
 def read_entry(given: dict, maker: RequestMaker) -> dict:
@@ -143,8 +152,7 @@ def score_entry(given: dict) -> dict:
 def read_lines(where: str, path: Path) -> list[tuple[int, bytes]]:
     """The lines of a file that are not blank, with their numbers; - is standard input. Line feeds
     alone end them: splitlines() knows characters that are part of a text."""
-    with refusing(f"{where} cannot be read", OSError, AttributeError):  # stdin may be None
-        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    content = read_stream(where, path)
     lines = enumerate(content.split(b"\n"), start=1)
     found = [(number, line.removesuffix(b"\r")) for number, line in lines if line.strip()]
     if not found:
@@ -153,7 +161,8 @@ def read_lines(where: str, path: Path) -> list[tuple[int, bytes]]:
 
 
 def refusing_line(where: str, number: int):
-    return refusing(f"{where}, line {number} is refused", ValueError, TypeError, KeyError)
+    errors = (ValueError, TypeError, KeyError, RecursionError)
+    return refusing(f"{where}, line {number} is refused", *errors)
 
 
 def plain_text(line: bytes) -> str:

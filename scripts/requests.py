@@ -215,7 +215,8 @@ def resume(output: Output, requests: list[Request]) -> list[Request]:
     content = output.read()
     *lines, torn = content.split(b"\n")
     done = Counter()
-    with refusing(f"{output.name} holds more than completions", ValueError, KeyError, TypeError):
+    errors = (ValueError, KeyError, TypeError, RecursionError)
+    with refusing(f"{output.name} holds more than completions", *errors):
         for entry in map(json.loads, lines):
             if "stats" not in entry:
                 check_numbers(entry["logprobs"])

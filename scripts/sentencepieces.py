@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from scripts.files import Refusal, read_file, refusing
 from scripts.pipelines import BUILDERS
 from scripts.special_tokens import AddedToken, SpecialTokens
 
@@ -26,10 +27,11 @@ class SentencePiece:
     def __init__(self, directory: Path, settings: dict, name: str | None):
         from sentencepiece import SentencePieceProcessor
 
-        content = (directory / "tokenizer.model").read_bytes()
-        self.pieces = SentencePieceProcessor(model_proto=content)
-        self.inner = SentencePieceProcessor(model_proto=content + NO_SPACE_FIRST)
-        self.plain = SentencePieceProcessor(model_proto=content + AS_IT_IS)
+        content = read_file(directory / "tokenizer.model")
+        with refusing("tokenizer.model", Exception):
+            self.pieces = SentencePieceProcessor(model_proto=content)
+            self.inner = SentencePieceProcessor(model_proto=content + NO_SPACE_FIRST)
+            self.plain = SentencePieceProcessor(model_proto=content + AS_IT_IS)
         self.is_llama = name in LLAMA
         has_bytes = any(map(self.pieces.is_byte, range(len(self.pieces))))
         self.only_known = name == "LlamaTokenizer" and not has_bytes
@@ -176,6 +178,8 @@ def read_number(content: bytes, place: int) -> tuple[int, int]:
     number = 0
     shift = 0
     while content[place] >= 128:
+        if shift > 63:
+            raise Refusal("tokenizer.model has a number of more than 64 bits")
         number += (content[place] - 128) << shift
         shift += 7
         place += 1

@@ -53,13 +53,21 @@ def in_one_spelling(config: dict) -> dict:
     `num_experts` is there where `num_local_experts` is; `quantization` has the `mode` and the
     `group_size` of a directory that quantize.py wrote, or is empty. All else is as given."""
     given = {name: value for name, value in config.items() if value is not None or name in NULLS}
-    architecture = (given.get("architectures") or [None])[0]
+    architecture = first_name(given, "architectures")
     if "num_local_experts" in given:
         given.setdefault("num_experts", given["num_local_experts"])
     given = DEFAULTS | FAMILY_DEFAULTS.get(architecture, {}) | given
     given["architecture"] = architecture
     given["quantization"] = quantization(given)
     return given
+
+
+def first_name(settings: dict, name: str) -> str | None:
+    """The first of a list of names, None where it is empty."""
+    names = settings.get(name) or []
+    if not isinstance(names, list) or not isinstance((names or [""])[0], str):
+        raise Refusal(f"{name} is {names!r}, expected a list of names")
+    return names[0] if names else None
 
 
 def check(settings: dict) -> None:
@@ -132,6 +140,8 @@ def windows(settings: dict) -> list[int | None]:
 def check_layer_types(settings: dict) -> None:
     """Also of a family whose layers are all alike, and that looks at none of them."""
     kinds = settings.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise Refusal(f"layer_types is {kinds!r}, expected a list of names")
     for kind in kinds:
         if kind not in ("full_attention", "attention", "sliding_attention"):
             expected = "expected full_attention or sliding_attention"

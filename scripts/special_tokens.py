@@ -4,11 +4,13 @@ name such as bos_token. Four files may say so; they are read as transformers 5 r
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from scripts.checkpoint import Refusal, read_json
+from scripts.checkpoint import read_json
+from scripts.files import Refusal, refusing
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 NEW_LIST = "extra_special_tokens"
 OLD_LIST = "additional_special_tokens"
+WRONG = (ValueError, TypeError, AttributeError)  # what wrong types of such settings raise
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,17 @@ class SpecialTokens:
         if not is_complete:
             given = read_json(directory / "special_tokens_map.json", {})
             of_map = {name: marked_special(value) for name, value in given.items()}
-        self.named = named_tokens(defaults | settings, of_map)
-        self.unnamed = unnamed_tokens(settings, of_map)
+        with refusing("tokenizer_config.json or special_tokens_map.json", *WRONG):
+            self.named = named_tokens(defaults | settings, of_map)
+            self.unnamed = unnamed_tokens(settings, of_map)
+            listed = unnamed_tokens(settings, {NEW_LIST: of_map.get(NEW_LIST)})
         self.numbered = in_json
         if is_complete:
-            listed = settings["added_tokens_decoder"] or {}
-            self.numbered = {int(i): read_token(token) for i, token in listed.items()}
+            with refusing("tokenizer_config.json: added_tokens_decoder", *WRONG):
+                decoder = settings["added_tokens_decoder"] or {}
+                self.numbered = {int(i): read_token(token) for i, token in decoder.items()}
         else:
             older = read_json(directory / "added_tokens.json", {})
-            listed = unnamed_tokens(settings, {NEW_LIST: of_map.get(NEW_LIST)})
             self.numbered = self.flagged(older, listed) | in_json
 
     def flagged(self, ids: dict[str, int], listed: list[AddedToken]) -> dict[int, AddedToken]:

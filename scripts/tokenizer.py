@@ -5,11 +5,16 @@ from pathlib import Path
 
 from scripts import templates
 from scripts.backends import JsonTokenizer, NoText
-from scripts.checkpoint import Refusal, read_json, refusing
+from scripts.checkpoint import read_json
+from scripts.files import Refusal, is_there, refusing
 from scripts.pipelines import OF_VOCAB, class_name
 from scripts.sentencepieces import SentencePiece
 
 FILES = "tokenizer.json, tokenizer.model, or vocab.json and merges.txt"
+
+
+class TooLong(Refusal):
+    """A text has more tokens than a context has room for."""
 
 
 class Tokenizer:
@@ -24,10 +29,12 @@ class Tokenizer:
         self.hidden = {}
         self.lead = []  # ids that go first where ids are decoded
         self.lead_length = 0  # of their text
+        self.context = None  # tokens of a conversation, as far as one knows
         if directory is None:
             return
         settings = read_json(directory / "tokenizer_config.json", {})
         config = read_json(directory / "config.json", {})
+        self.context = config.get("max_position_embeddings")
         # The files are by strangers, and so are most packages that read them.
         with refusing(f"{directory}: expected readable files of a tokenizer", Exception):
             self.template = templates.find_template(directory, settings)
@@ -63,19 +70,32 @@ class Tokenizer:
         """The id of the token of that name, such as bos_token, if there is one."""
         return self.vocab().get(self.kind.named.get(name))
 
+    def check_length(self, text: str, context: int, bos: bool = True) -> None:
+        """Raise TooLong for a text that is far too long for a context. Of the longest ones no more
+        is encoded than shows that: all of it would take minutes and gigabytes."""
+        length = 16 * context + 1000
+        while length < len(text):
+            if len(self.encode(text[:length], bos)) > 2 * context:
+                expected = f"expected 1 to {context} tokens (context)"
+                raise TooLong(f"a text of {len(text)} characters is too long, {expected}")
+            length *= 4
+
     def encode_chat(self, messages: list[dict]) -> list[int]:
         """The ids of a conversation by the checkpoint's template, ready for the next answer. Raises
         Refusal for whatever a template can do wrong."""
         with refusing("the chat template failed", Exception):
             text = templates.render(self.template, messages, self.kind.named)
+        if self.context:
+            self.check_length(text, self.context, bos=False)
+        with refusing("the chat template failed", Exception):
             return self.encode(text, bos=False)
 
 
 def find_kind(directory: Path, settings: dict, config: dict) -> JsonTokenizer | SentencePiece:
     """By the files that there are. Raises Refusal where there are none."""
     name = class_name(settings, config)
-    has = {file: (directory / file).exists() for file in ("tokenizer.model", "vocab.json")}
-    is_json = (directory / "tokenizer.json").exists()
+    has = {file: is_there(directory / file) for file in ("tokenizer.model", "vocab.json")}
+    is_json = is_there(directory / "tokenizer.json")
     if has["tokenizer.model"] and not is_json and not (has["vocab.json"] and name in OF_VOCAB):
         return SentencePiece(directory, settings, name)
     if not is_json and not has["vocab.json"]:

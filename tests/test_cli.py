@@ -130,7 +130,7 @@ def test_bad_input_as_a_process(tiny, tmp_path):
     assert (debugged.returncode, debugged.stdout) == (1, "")
     assert debugged.stderr.startswith("Traceback") and 'generate.py", line' in debugged.stderr
     message = done.stderr.removeprefix("error: ")
-    assert debugged.stderr.endswith(f"scripts.checkpoint.Refusal: {message}")
+    assert debugged.stderr.endswith(f"scripts.files.Refusal: {message}")
 
 
 def test_a_bug_is_a_traceback_and_a_line(tiny, monkeypatch, capsys):
