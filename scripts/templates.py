@@ -1,7 +1,6 @@
 """Chat templates: where a checkpoint directory has one, and the text of a conversation by it, which
 a process of its own renders."""
 
-import atexit
 import contextlib
 import json
 import os
@@ -48,8 +47,8 @@ def render(template: str | dict | None, messages: list[dict], tokens: dict[str, 
 
 
 class Renderer:
-    """The process that runs scripts/sandbox.py. It lives as long as this one, and one that is ended
-    is replaced."""
+    """The process that runs scripts/sandbox.py. It ends with this one, which closes what it reads,
+    and where it ends before, there is a new one."""
 
     current = None
 
@@ -96,6 +95,3 @@ class Renderer:
             renderer.process.stdout.close()
             with contextlib.suppress(OSError):  # of what it has not read
                 renderer.process.stdin.close()
-
-
-atexit.register(Renderer.stop)
