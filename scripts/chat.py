@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Sequence
 
-from scripts.checkpoint import is_first_rank, say
+from scripts.checkpoint import Refusal, is_first_rank, say
 from scripts.requests import RequestMaker, message
 from scripts.tokenizer import TooLong
 
@@ -13,6 +13,8 @@ LENGTH = 1024  # tokens that a conversation has room for until it needs more
 
 def read_line() -> str:
     """What the user types, without the blanks around it; /exit at the end of input."""
+    if sys.stdin is None:
+        raise Refusal("standard input is closed, expected one who speaks")
     with contextlib.suppress(EOFError):
         line = input("> " if sys.stdin.isatty() else "")
         return line.encode(errors="replace").decode().strip()  # bytes that are no text become ?

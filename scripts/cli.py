@@ -182,8 +182,9 @@ def run(steps: list[Callable], *more_errors: type[Exception]) -> None:
     which is what `more_errors` mean as well, is one line and status 2; a bug is a traceback, that
     line and status 1. With GPT_EXACT_DEBUG=1 both are tracebacks. The first step is done before
     the processes know each other: what goes wrong there, each of them says."""
-    speak_utf8()
+    step = steps[0]
     try:
+        speak_utf8()
         for step in steps:
             status = step() or 0
         print(end="", flush=True)
@@ -223,6 +224,10 @@ def explain(error: BaseException, status: int) -> None:
 def speak_utf8() -> None:
     """Texts are UTF-8, whatever the locale is: where nothing has been read yet, of what Python put
     there itself."""
+    if sys.stderr is None:  # print would take the other one
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    if sys.stdout is None:
+        raise Refusal("standard output is closed, expected a place for what is made")
     kinds = {"stdin": "surrogateescape", "stdout": "strict", "stderr": "backslashreplace"}
     for name, errors in kinds.items():
         stream = getattr(sys, name)

@@ -21,6 +21,7 @@ from generate import Engine
 from kernels import BATCH_INVARIANT, BatchInvariant, Fast
 from model import Transformer
 from scripts import machine, sampler
+from scripts.files import Refusal
 from scripts.requests import Completion, Request
 from scripts.sampler import gumbel
 from scripts.tokenizer import Tokenizer
@@ -40,6 +41,9 @@ def prepare(args: argparse.Namespace, deterministic: bool) -> tuple:
     of all lengths, `args.size` times."""
     args = argparse.Namespace(**vars(args) | {"deterministic": deterministic})
     model, _ = generate.load(args)
+    context = model.config.max_position_embeddings
+    if context < ROOM:
+        raise Refusal(f"a context of {context} tokens is too short, expected {ROOM} or more")
     generator = torch.Generator().manual_seed(0)
     requests = []
     for i, length in enumerate(LENGTHS * args.size):

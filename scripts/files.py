@@ -102,7 +102,9 @@ def text_in(path: Path) -> str:
 def read_stream(name: str, path: Path) -> bytes:
     """All that a file or a stream holds; - is standard input. `name` is what an error calls it.
     Raises Refusal for what cannot be read, or is not there in time, or does not end."""
-    with refusing(f"{name} cannot be read", OSError, AttributeError):  # stdin may be None
+    if str(path) == "-" and sys.stdin is None:
+        raise Refusal(f"{name}: standard input is closed")
+    with refusing(f"{name} cannot be read", OSError, AttributeError):
         if str(path) == "-":
             return read_all(name, sys.stdin.buffer)
         kind = kind_of(path, name)

@@ -6,8 +6,9 @@ import ctypes
 import json
 import math
 import os
-import shutil
+import subprocess
 import sys
+import tempfile
 import time
 import timeit
 import types
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from scripts import outputs
-from scripts.checkpoint import Refusal, refusing
+from scripts.checkpoint import Refusal
 from scripts.requests import Request
 from scripts.sampler import Sampler
 
@@ -209,8 +210,11 @@ def find_device(name: str | None, world: int) -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK')}"
     choices = ", ".join(["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())])
     why = f"--device {name} is not available, choose from {choices}"
-    with refusing(why, RuntimeError, AssertionError):
+    # PyTorch knows more names than it has devices, and says so in all kinds of ways.
+    try:
         torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, ImportError, AttributeError, TypeError) as error:
+        raise Refusal(why) from error
     if name.startswith("cuda:"):
         torch.cuda.set_device(name)  # where Triton launches its kernels
     return torch.device(name)
@@ -233,10 +237,22 @@ def set_up(model, compile_decode: bool, compile_prefill: bool) -> None:
 def check_compiler(model) -> None:
     if model.ops.exact and torch.__version__ < (2, 13):  # whose code keeps fp32 where eager rounds
         raise Refusal("--deterministic --compile needs PyTorch 2.13 here")
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise Refusal("--compile needs a C++ compiler, g++ or that of $CXX")
+    compiler = os.environ.get("CXX", "g++")
+    if not compiles(compiler):
+        raise Refusal(f"--compile needs a C++ compiler, g++ or that of $CXX: {compiler} is none")
     # Inductor warns of what it does itself, for int8.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch._inductor")
+
+
+def compiles(compiler: str) -> bool:
+    """Whether it makes an object of a line of C++."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "line.o")
+        argv = [compiler, "-x", "c++", "-c", "-", "-o", str(out)]
+        options = {"input": b"int x;", "capture_output": True, "timeout": 60, "check": False}
+        with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
+            subprocess.run(argv, **options)
+        return out.exists()
 
 
 def compiled(model, **more):

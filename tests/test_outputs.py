@@ -32,8 +32,8 @@ from test_cli import (  # noqa: F401
 )
 
 import generate
+from scripts import contract, outputs, ranks
 from scripts import eval as evaluation
-from scripts import outputs, ranks
 from scripts.checkpoint import Refusal, is_first_rank
 from scripts.outputs import Output
 
@@ -385,3 +385,71 @@ def test_a_panic_is_one_line(refuse, tiny, monkeypatch):  # noqa: F811
 
     monkeypatch.setattr(generate.requests, "write", panic)
     assert "unwrap" in refuse("--checkpoint_path", tiny, *QUICK)
+
+
+# ---- devices, compilers and streams that are not there
+
+
+@pytest.mark.parametrize(
+    "name", ["hpu", "meta", "privateuseone", "cuda:x", "cpu:x", "mps", "nonsense"]
+)
+def test_no_such_device(refuse, tiny, name):  # noqa: F811
+    error = refuse("--checkpoint_path", tiny, "--device", name, *QUICK)
+    assert f"--device {name} is not available, choose from cpu" in error
+
+
+@pytest.mark.parametrize("compiler", ["false", "true", "cat", "/", "no-such-program", "g++ -O2"])
+def test_no_compiler(refuse, tiny, monkeypatch, compiler):  # noqa: F811
+    """What does not make an object of a line of C++ is none, whatever its name and status."""
+    monkeypatch.setenv("CXX", compiler)
+    argv = ["--checkpoint_path", tiny, "--device", "cpu", *QUICK]
+    assert f"{compiler} is none" in refuse(*argv, "--compile")
+
+
+def without(*numbers):
+    """A function that closes these streams."""
+
+    def close():
+        for number in numbers:
+            os.close(number)
+
+    return close
+
+
+@pytest.mark.parametrize(
+    "closed, flags, word",
+    [
+        ([1], ["--prompt", "a"], "standard output is closed"),
+        ([0, 1], ["--prompt", "a", "--json"], "standard output is closed"),
+        ([0], ["--prompts_file", "-"], "standard input is closed"),
+        ([0], ["--interactive"], "standard input is closed"),
+    ],
+    ids=str,
+)
+def test_closed_streams(tiny, closed, flags, word):  # noqa: F811
+    argv = ["--checkpoint_path", tiny, *flags, *QUICK]
+    done = command(*argv, stdin=subprocess.DEVNULL, preexec_fn=without(*closed))
+    assert done.returncode == 2 and is_one_line(done.stderr) and word in done.stderr
+
+
+def test_streams_that_nobody_needs(tiny):  # noqa: F811
+    argv = ["--checkpoint_path", tiny, "--prompt", "dog", *QUICK]
+    want = command(*argv).stdout
+    done = command(*argv, stdin=subprocess.DEVNULL, preexec_fn=without(0, 2))
+    assert done.returncode == 0 and done.stdout == want
+
+
+def test_the_contract_needs_some_context(tiny):  # noqa: F811
+    args = generate.cli.parse_args(["--checkpoint_path", tiny], size=1)
+    with pytest.raises(Refusal, match="context of 256 tokens is too short"):
+        contract.prepare(args, deterministic=True)
+
+
+@pytest.mark.parametrize("flag", ["prompt", "stop", "seed", "device", "output", "system", "score"])
+def test_a_flag_without_a_value(refuse, flag):  # noqa: F811
+    assert f"--{flag}: expected something else" in refuse(f"--{flag}=--")
+
+
+@pytest.mark.parametrize("flag", ["--temperature", "--device", "--checkpoint_path", "--seed"])
+def test_errors_are_not_endless(refuse, flag):  # noqa: F811
+    assert len(refuse(flag, "a" * 50000)) < 1200
