@@ -226,7 +226,7 @@ def speak_utf8() -> None:
     there itself."""
     if sys.stderr is None:  # print would take the other one
         sys.stderr = open(os.devnull, "w", encoding="utf-8")
-    if sys.stdout is None:
+    if sys.__stdout__ is None:
         raise Refusal("standard output is closed, expected a place for what is made")
     kinds = {"stdin": "surrogateescape", "stdout": "strict", "stderr": "backslashreplace"}
     for name, errors in kinds.items():
