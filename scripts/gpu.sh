@@ -40,8 +40,9 @@ mkdir -p "$out"
 
 if [ -n "$dry" ]; then
     rm -f "$out"/*.done "$out"/*.jsonl
+    width="$(nproc)" # before the next line, which it would count by
     export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-    device=cpu width="$(nproc)" shards=2
+    device=cpu shards=2
     # In fp32 the controls of verify.py differ on every CPU. Two ranks can share two KV heads.
     precision=fp32 dim=128 layers=1 heads=4 kv=2 ffn=192 vocab=320
 else
@@ -154,6 +155,10 @@ without_compiler() { # 1 or 0: a dry run compiles one model, which takes longer 
     [ -z "$dry" ] || export TORCHDYNAMO_DISABLE="$1"
 }
 
+apart() { # what follows has the card to itself; a dry run has no use for that
+    [ -n "$dry" ] || wait
+}
+
 # Memory.
 ask device 60 0
 wait
@@ -171,7 +176,7 @@ done
 ask graph 90 1
 ask ranks 120 2 "${small[@]}"
 ask logits 150 0 "${small[@]}"
-wait
+apart
 
 # Speed.
 without_compiler 0
@@ -179,25 +184,24 @@ speed bf16 1 240
 without_compiler 1
 speed int8 1 240
 speed int4 1 240
-wait
+apart
 ask shapes 120 0
-wait
+apart
 for mode in bf16 int8 int4; do
     speed "$mode" 8 200
 done
-wait
+apart
 
 # A second call gets here. One card does not hold three caches of 16 x 8192 tokens and the models
 # twice.
 speed bf16 16 200
 speed int4 16 200
-wait
+apart
 speed int8 16 200
-wait
-for mode in bf16 int8 int4; do
-    flags=(--quantize "$mode")
+apart
+trace() { # mode: where the time of a batch goes
+    local mode="$1" flags=(--quantize "$1") trace="$out/trace-$1.json"
     [ "$mode" = bf16 ] && flags=()
-    trace="$out/trace-$mode.json"
     step "trace-$mode" 120 "$python" generate.py "${large[@]}" "${flags[@]}" --compile \
         --deterministic --prompt 128 --num_samples 8 --batch_size 8 --max_new_tokens 6 \
         --ignore_eos --json --profile "$trace"
@@ -205,7 +209,15 @@ for mode in bf16 int8 int4; do
     step "kernels-$mode" 60 "$python" tests/card.py --what trace --profile "$trace" \
         --output "$out/kernels-$mode.jsonl"
     [ -e "$trace" ] && gzip -f "$trace"
+}
+
+for mode in bf16 int8 int4; do
+    trace "$mode" &
+    if [ -z "$dry" ] || [ "$(jobs -rp | wc -l)" -ge "$width" ]; then
+        wait -n # a card is not shared; a dry run does not wait longer than it has to
+    fi
 done
+wait
 
 echo
 "$python" - "$out" "$SECONDS" <<'END'

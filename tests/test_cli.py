@@ -1133,6 +1133,25 @@ def test_interactive_memory(talk, monkeypatch, limit, want):
     assert fed == roomy and out.startswith(all_out.rstrip("\n"))
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--prompt_lookup", "--deterministic"],
+        ["--draft_checkpoint_path", "--speculate_k", "3"],
+        ["--quantize", "int8", "--draft_quantize", "int4", "--deterministic"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_interactive_memory_beside_drafts(talk, tiny, monkeypatch, flags):
+    """A cache that grows, of a smaller model too, changes nothing of what is said."""
+    flags = [word for flag in flags for word in (flag, tiny)[: 1 + flag.endswith("path")]]
+    lines = ["the quick brown fox jumps over the dog"] * 4
+    want, (said, _) = talk(lines, *flags)
+    monkeypatch.setattr(chat, "LENGTH", 30)
+    found, (out, _) = talk(lines, *flags)
+    assert (found, out) == (want, said) and len(found) == 4
+
+
 def test_interactive_as_a_process(tiny):
     """Bytes that are no text do not end a conversation. One that outgrows the context says so and
     waits for /clear, after which it answers again."""
