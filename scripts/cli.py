@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scripts import download, outputs
-from scripts.checkpoint import Refusal, is_first_rank, is_one_of_several, progress
+from scripts.checkpoint import Refusal, is_first_rank, progress
 from scripts.checkpoint import say as say  # others know it as cli.say
 from scripts.requests import COUNT, INFINITY, Request, check_range, message
 from scripts.requests import RANGES as RANGES_OF_A_REQUEST
@@ -198,7 +198,7 @@ def run(steps: list[Callable], *more_errors: type[Exception]) -> None:
         if is_first_rank() or step is steps[0]:
             explain(error, status)
         sys.stdout = None  # an orderly end would once more print what could not be printed
-    if is_one_of_several():  # whose threads may abort an orderly end
+    if "WORLD_SIZE" in os.environ:  # the threads that connect processes may abort an orderly end
         os._exit(status)
     sys.exit(status)
 

@@ -108,6 +108,7 @@ step() { # name, limit in seconds, command...
         record "$name" "too late" $((SECONDS - began))
     else
         record "$name" "status $status" $((SECONDS - began))
+        tail -n 20 "$out/$name.log" | sed 's/^/    /'
     fi
 }
 
