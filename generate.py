@@ -4,6 +4,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
+if __name__ == "__main__":
+    from scripts import interrupts
+
+    interrupts.end_quietly()
+
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -206,29 +211,29 @@ def build(args, model: Transformer, tokenizer: Tokenizer, length: int) -> Engine
 
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
-    with tp.together():
+    with ranks.together():
         args = cli.parse_args(argv)
         model, tokenizer = load(args)
         context = min(model.config.max_position_embeddings, args.max_seq_length)
         maker = requests.RequestMaker.from_flags(args, tokenizer, model.config.vocab_size, context)
     load_s = time.perf_counter() - start
     wanted, output = [], Output(None)  # of ranks that read and write nothing
-    with tp.together():
+    with ranks.together():
         if not args.interactive and tp.rank == 0:
             wanted = prompts.read_requests(args, maker)
             output = Output(args.output)
             wanted = requests.resume(output, wanted)
-    wanted = tp.from_first(wanted)
+    wanted = ranks.from_first(wanted)
     sizes = [len(r.prompt_ids) + r.max_new_tokens for r in wanted]
     length = min(context, chat.LENGTH) if args.interactive else max(sizes, default=1)
     start = time.perf_counter()
-    with tp.together():
+    with ranks.together():
         engine = build(args, model, tokenizer, length)
-    engine.pauses.pays = tp.from_first(engine.pauses.pays)  # one clock for all
+    engine.pauses.pays = ranks.from_first(engine.pauses.pays)  # one clock for all
     compile_s = time.perf_counter() - start
     with output, machine.profile(args.profile if tp.rank == 0 else None):
         if args.interactive:
-            return chat.converse(engine, args.system, maker, tp.from_first)
+            return chat.converse(engine, args.system, maker, ranks.from_first)
         as_json = args.json or args.score is not None
         requests.write(engine, wanted, as_json, output, not args.chat, args.batch_size == 1)
     if tp.rank == 0:

@@ -234,10 +234,12 @@ def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tu
 def exact_tiles(N: int, K: int, dtype: torch.dtype, threads: int, leaves=1) -> list[int]:
     """The numbers of rows, up to 512, at which a product with a weight [N, K] is seen to have the
     bits of the reference: one thread, tiles of 16 rows, each stacked leaf alone."""
-    x, weights = cancelling((512,), (leaves, min(N // leaves, 1 << 14)), K, dtype)
+    outputs = min(N // leaves, 1 << 14)  # more of them would show nothing new
+    x, weights = cancelling((512,), (leaves, outputs), K, dtype)
     weight = blocked(weights.flatten(0, 1))
     with one_thread():
-        want = torch.cat([product_in_tiles(x, blocked(w), None, [16]) for w in weights], dim=1)
+        parts = [product_in_tiles(x, blocked(w), None, [16]) for w in weights]
+    want = torch.cat(parts, dim=1)
     counts = [*range(1, 17), 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
     return [n for n in counts if torch.equal(product(x[:n], weight), want[:n])]
 
@@ -377,7 +379,8 @@ def vector_norm(x: Tensor) -> Tensor:
 )
 def gpu_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """In fp32, where PyTorch's own kernel gives each row a block of threads to itself."""
-    return F.rms_norm(x.float().contiguous(), weight.shape, weight.float(), eps).to(x.dtype)
+    rows = x.float().contiguous()
+    return F.rms_norm(rows, weight.shape, weight.float(), eps).to(x.dtype)
 
 
 SPLIT = 512  # keys that one program attends to before their sum joins that of others
@@ -404,7 +407,8 @@ def triton_kernels() -> SimpleNamespace:
         wants 64 rows: it serves every M."""
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-        n, m = n.to(tl.int64)[:, None], m.to(tl.int64)[None, :]
+        n = n.to(tl.int64)[:, None]
+        m = m.to(tl.int64)[None, :]
         begin = tl.program_id(2) * leaf
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for k in range(begin, begin + leaf, BLOCK_K):
@@ -420,7 +424,8 @@ def triton_kernels() -> SimpleNamespace:
                 codes = codes.reshape(BLOCK_N, GROUPS, BLOCK_K // GROUPS)
                 pair_at = n * (K // GROUP) + k // GROUP + tl.arange(0, GROUPS)[None, :]
                 pair = tl.load(grid + pair_at, mask=n < N, other=0)[:, :, None]
-                zeros = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                zeros = (pair >> 16).to(tl.int16)
+                zeros = zeros.to(tl.float16, bitcast=True).to(tl.float32)
                 scales = (pair << 16).to(tl.float32, bitcast=True)
                 b = ((codes - zeros) * scales).reshape(BLOCK_N, BLOCK_K)
             acc = tl.dot(b.to(a.dtype), a, acc, input_precision="ieee")
@@ -429,7 +434,8 @@ def triton_kernels() -> SimpleNamespace:
         if bias is not None:
             acc += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
         y += (m * tl.num_programs(2) + tl.program_id(2)) * N + n
-        tl.store(y, acc.to(y.dtype.element_ty), mask=(m < M) & (n < N))
+        there = (m < M) & (n < N)
+        tl.store(y, acc.to(y.dtype.element_ty), mask=there)
 
     @triton.jit(do_not_specialize=["T", "L", "window"])
     def attention(
@@ -494,7 +500,8 @@ def triton_kernels() -> SimpleNamespace:
             tl.store(part[:, None] + 2 + d, acc, mask=real)
         else:
             y += row[:, None] * D + d
-            tl.store(y, (acc / total[:, None]).to(y.dtype.element_ty), mask=real)
+            acc /= total[:, None]
+            tl.store(y, acc.to(y.dtype.element_ty), mask=real)
 
     return SimpleNamespace(linear=linear, attention=attention)
 
@@ -516,7 +523,8 @@ class TritonPacked(Packed):
         if zero is not None:  # as one number with the scale: a kernel loads no smaller ones ahead
             scale_bits = scale.bfloat16().view(torch.int16)
             zero_bits = zero.half().view(torch.int16)
-            grid = torch.stack((scale_bits, zero_bits), dim=-1).view(torch.int32).squeeze(-1)
+            pairs = torch.stack((scale_bits, zero_bits), dim=-1)
+            grid = pairs.view(torch.int32).squeeze(-1)
             scale = None
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("scale", scale)

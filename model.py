@@ -64,7 +64,8 @@ def rope_table(config: ModelConfig, length: int) -> Tensor:
     factor, low, high, original_context = settings + neutral[len(settings) :]
     exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
     freq = 1.0 / float(rope["rope_theta"]) ** exponents
-    keep = ((original_context * freq / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    turns = original_context * freq / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
     freq = keep * freq + (1 - keep) * freq / factor
     angle = torch.arange(length).float()[:, None] * freq
     return torch.stack((angle.cos(), angle.sin()), dim=1)
@@ -73,7 +74,9 @@ def rope_table(config: ModelConfig, length: int) -> Tensor:
 def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each pair (i, i + D / 2) is rotated by its angle, in fp32, and rounded once."""
     a, b = x_BTHD.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BTHD.dtype)
+    turned_a = a * cos - b * sin
+    turned_b = b * cos + a * sin
+    return torch.cat((turned_a, turned_b), dim=-1).to(x_BTHD.dtype)
 
 
 class Layer(nn.Module):
@@ -150,7 +153,8 @@ class RMSNorm(Layer):
         super().__init__(model, {f"{name}.weight": (size,)})
 
     def load(self, tensors: list[Tensor]) -> int:
-        self.register_buffer("weight", tensors[0].to(self.device, self.dtype, copy=True).float())
+        weight = tensors[0].to(self.device, self.dtype, copy=True)
+        self.register_buffer("weight", weight.float())
         return self.weight.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -293,7 +297,9 @@ class Transformer(nn.Module):
         is one past the highest. Their keys and values are written to the cache, which must hold
         every earlier position."""
         # A CPU is quicker in whole blocks. A CUDA graph, of one shape, looks over all the cache.
-        span = -(-end // 64) * 64 if self.device.type == "cpu" else cache[0][0].shape[2]
+        span = -(-end // 64) * 64
+        if self.device.type != "cpu":
+            span = cache[0][0].shape[2]
         masks = {}
         for window, mask_mod in self.mask_mods.items():
             masks[window] = self.ops.mask(mask_mod, pos_BT, span, self.heads, self.dtype)

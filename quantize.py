@@ -10,6 +10,14 @@ import itertools
 import math
 import warnings
 
+if __name__ == "__main__":  # the command imports this file as a module
+    from scripts import interrupts
+
+    interrupts.end_quietly()
+    from scripts import quantized
+
+    quantized.main()
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,7 +62,8 @@ class Int8Linear(Packed):
             if x.dtype != torch.float16:  # which could not hold the sums of codes
                 return self.expanded_product(x)
         x_GK = x.unflatten(-1, (self.leaves, -1)).float()
-        step = x_GK.abs().amax(-1, keepdim=True).clamp(min=1e-30) * (1 / 63)
+        largest = x_GK.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        step = largest * (1 / 63)
         steps = x_GK / step
         high = steps.round()
         low = (steps - high).mul_(126).round_()
@@ -71,7 +80,8 @@ class Int8Linear(Packed):
         return y if self.leaves > 1 or self.partial else y.to(x.dtype)
 
     def expanded_product(self, x: Tensor) -> Tensor:
-        y = x @ self.weight.to_dense().to(x.dtype) * self.scale.to(x.dtype)
+        weight = self.weight.to_dense().to(x.dtype)
+        y = x @ weight * self.scale.to(x.dtype)
         return y if self.bias is None else (y + self.bias).to(x.dtype)
 
 
@@ -114,7 +124,8 @@ class Int4Linear(Packed):
         for i, leaf in enumerate(zip(*chunks, strict=True)):
             rows = (0, 0, 0, -len(weight) % 64)
             pairs, scale, zero = (F.pad(x, rows) for x in leaf)
-            codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1).int()
+            codes = torch.stack((pairs & 15, pairs >> 4), dim=-1)
+            codes = codes.flatten(1).int()
             codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
             middle = (scale.float() * (8 - zero.float())).to(scale.dtype)  # the value of code 8
             grid = torch.stack((scale, middle), dim=-1).transpose(0, 1)
@@ -167,9 +178,3 @@ def pack(mode: str | None, ops: Fast, tensors: dict, bias=None, leaves=1, partia
         return TritonPacked(bias=bias, leaves=leaves, partial=partial, **tensors)
     leaves = leaves if ops.exact else 1
     return LINEARS[mode](bias=bias, leaves=leaves, partial=partial, exact=ops.exact, **tensors)
-
-
-if __name__ == "__main__":
-    from scripts import quantized
-
-    quantized.main()

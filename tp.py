@@ -7,7 +7,6 @@ model. A block needs two sums over ranks and no other exchange, since its weight
 Experts are cut like any gate, up and down. All else runs at every rank alike; the embedding, of
 which a token reads one row, is whole at each."""
 
-import contextlib
 import math
 import os
 from collections.abc import Callable
@@ -49,30 +48,6 @@ def part(tensor: Tensor, axis: int, ranks: int, unit: int = 1) -> Tensor:
         return tensor
     pieces = min(ranks, tensor.shape[axis] // unit)
     return tensor.chunk(pieces, axis)[rank % ranks * pieces // ranks]
-
-
-@contextlib.contextmanager
-def together():
-    """What all ranks do alike: a ValueError or OSError of one is raised at all, so that none waits
-    for one that has left."""
-    error = None
-    try:
-        yield
-    except (ValueError, OSError) as e:
-        error = e
-    errors = [error] * world
-    if dist.is_initialized():
-        exchange(dist.all_gather_object, errors, error)
-    for error in filter(None, errors):
-        raise error
-
-
-def from_first(value):
-    """The first rank's value, at every rank."""
-    values = [value]
-    if dist.is_initialized():
-        exchange(dist.broadcast_object_list, values)
-    return values[0]
 
 
 def exchange(collective: Callable, *args) -> None:

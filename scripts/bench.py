@@ -25,18 +25,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 if __name__ == "__main__":  # its own folder has names that would hide those of packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-import generate  # noqa: E402
-import tp  # noqa: E402
-from model import Transformer  # noqa: E402
-from scripts import cli, machine  # noqa: E402
-from scripts.checkpoint import Refusal, refusing  # noqa: E402
-from scripts.outputs import Output  # noqa: E402
-from scripts.requests import Request  # noqa: E402
-from scripts.tokenizer import Tokenizer  # noqa: E402
+    from scripts import interrupts
+
+    interrupts.end_quietly()
+
+import torch
+
+import generate
+import tp
+from model import Transformer
+from scripts import cli, machine, ranks
+from scripts.checkpoint import Refusal, refusing
+from scripts.outputs import Output
+from scripts.requests import Request
+from scripts.tokenizer import Tokenizer
 
 COLUMNS = "what batch tokens tokens/s GB/s of_the_limit".split()
 COLUMNS_OF_THE_FLAG = ["deterministic", "cost"]  # its tokens/s, and its time over that without
@@ -148,8 +152,9 @@ def row(model: Transformer, cell: Cell, seconds: list[float], limit: float) -> l
 def table(args: argparse.Namespace) -> None:
     cells = choose_cells(args)
     output = Output(None if tp.rank else args.output)
-    with refusing(f"{output.name} holds more than rows", ValueError, KeyError, TypeError):
-        for line in output.read().splitlines():
+    for number, line in enumerate(output.read().splitlines(), start=1):
+        what = f"{output.name} holds more than rows, line {number}"
+        with refusing(what, ValueError, KeyError, TypeError):
             json.loads(line)["tokens/s"]
     lock = open(args.lock, "w", encoding="utf-8") if args.lock else tempfile.TemporaryFile()
     fcntl.flock(lock, fcntl.LOCK_SH)  # nobody measures while others load
@@ -178,7 +183,7 @@ def table(args: argparse.Namespace) -> None:
 
 def read_lines() -> Iterator[str]:
     """Those of the first rank's standard input, at every rank."""
-    while line := tp.from_first("" if tp.rank else sys.stdin.readline()):
+    while line := ranks.from_first("" if tp.rank else sys.stdin.readline()):
         yield line
 
 

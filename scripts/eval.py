@@ -10,15 +10,19 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-
 if __name__ == "__main__":  # its own folder has names that would hide those of packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-import generate  # noqa: E402
-from scripts import cli  # noqa: E402
-from scripts.files import Refusal, read_stream, refusing, text_of  # noqa: E402
-from scripts.requests import check_numbers  # noqa: E402
-from scripts.tokenizer import Tokenizer  # noqa: E402
+    from scripts import interrupts
+
+    interrupts.end_quietly()
+
+import torch
+
+import generate
+from scripts import cli
+from scripts.files import Refusal, read_stream, refusing, text_of
+from scripts.requests import check_numbers
+from scripts.tokenizer import Tokenizer
 
 
 def score(engine, ids: list[int], first: int) -> tuple[list[float], bool]:

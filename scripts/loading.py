@@ -15,6 +15,7 @@ import tp
 from kernels import BATCH_INVARIANT, FAST, InputError
 from model import FAMILIES, ModelConfig, Transformer
 from scripts import checkpoint, cli, download, drafts, machine, settings
+from scripts.ranks import together
 from scripts.tokenizer import Tokenizer
 
 SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
@@ -48,7 +49,8 @@ def load(args, ranks: int | None = None) -> tuple[Transformer, Tokenizer]:
     if shape:
         config = replace(config, stored=False)  # random weights are quantized while loading
     ops = BATCH_INVARIANT if args.deterministic else FAST
-    model = Transformer(config, ops, device, PRECISIONS[args.precision], ranks or tp.world)
+    with checkpoint.refusing(str(path), InputError):
+        model = Transformer(config, ops, device, PRECISIONS[args.precision], ranks or tp.world)
     machine.check_fits(device, least_bytes(model), f"{path}: a model")
     if shape:
         machine.randomize(model)
@@ -103,7 +105,7 @@ def load_drafter(args, model, tokenizer, length: int, build: Callable):
     elif not args.draft_quantize:
         return None
     own = argparse.Namespace(**vars(args) | flags)
-    with tp.together():
+    with together():
         draft, words = load(own, 1 if args.draft_checkpoint_path else None)
         if not tokenizer.agrees(words):
             which = f"--draft_checkpoint_path {args.draft_checkpoint_path}"

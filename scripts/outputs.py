@@ -90,10 +90,10 @@ def new_trace(path: Path) -> Iterator[str]:
     and is no trace."""
     if path.exists() and not is_trace(path):
         raise Refusal(f"--profile {path} is there and is no trace, expected a new name")
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        work = os.path.join(folder, path.name)
-        yield work
-        os.replace(work, path)
+    with folder_beside(path) as folder:
+        work = folder / path.name
+        yield str(work)
+        work.replace(path)
 
 
 def is_trace(path: Path) -> bool:
@@ -113,11 +113,8 @@ class Taken(Refusal):
 @contextlib.contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
     """A directory to fill, which becomes `target` where no error is raised: whole or not at all.
-    Beside it, in its parent, is room for temporary files. What killed runs have left of the same
-    target is removed. Raises Taken, or OSError."""
-    remove_leftovers(target)
-    folder, lock = new_folder(target)
-    try:
+    Beside it, in its parent, is room for temporary files. Raises Taken, or OSError."""
+    with folder_beside(target) as folder:
         work = folder / target.name  # `folder` itself is closed to other users
         work.mkdir()
         yield work
@@ -125,6 +122,16 @@ def new_directory(target: Path) -> Iterator[Path]:
             work.rename(target)
         except OSError as error:
             raise Taken(f"{target} cannot be made: {cause(error)}") from error
+
+
+@contextlib.contextmanager
+def folder_beside(target: Path) -> Iterator[Path]:
+    """A folder in which to make a target, that is removed in the end. What killed runs have left of
+    the same target is removed before. Raises OSError."""
+    remove_leftovers(target)
+    folder, lock = new_folder(target)
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)

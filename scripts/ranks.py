@@ -1,5 +1,6 @@
-"""How the processes that torchrun starts find each other."""
+"""The processes that torchrun starts: how they find each other, and what they do alike."""
 
+import contextlib
 import datetime
 import os
 import socket
@@ -56,3 +57,27 @@ def wait_for(host: str, port: int) -> None:
             if time.monotonic() > end:
                 raise
         time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def together():
+    """What all ranks do alike: a ValueError or OSError of one is raised at all, so that none waits
+    for one that has left."""
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        error = e
+    errors = [error] * tp.world
+    if dist.is_initialized():
+        tp.exchange(dist.all_gather_object, errors, error)
+    for error in filter(None, errors):
+        raise error
+
+
+def from_first(value):
+    """The first rank's value, at every rank."""
+    values = [value]
+    if dist.is_initialized():
+        tp.exchange(dist.broadcast_object_list, values)
+    return values[0]

@@ -216,11 +216,13 @@ def resume(output: Output, requests: list[Request]) -> list[Request]:
     *lines, torn = content.split(b"\n")
     done = Counter()
     errors = (ValueError, KeyError, TypeError, RecursionError)
-    with refusing(f"{output.name} holds more than completions", *errors):
-        for entry in map(json.loads, lines):
+    for number, line in enumerate(lines, start=1):
+        with refusing(f"{output.name} holds more than completions, line {number}", *errors):
+            entry = json.loads(line)
             if "stats" not in entry:
                 check_numbers(entry["logprobs"])
                 done[entry.get("id"), entry.get("sample")] += 1
+    with refusing(f"{output.name} holds more than completions", *errors):
         check_torn(torn, requests)
     if torn:
         output.cut(len(content) - len(torn))

@@ -13,8 +13,12 @@ from pathlib import Path
 
 if __name__ == "__main__":  # its own folder has names that would hide those of packages
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-import generate  # noqa: E402
-from scripts import cli, contract  # noqa: E402
+    from scripts import interrupts
+
+    interrupts.end_quietly()
+
+import generate
+from scripts import cli, contract
 
 
 def main() -> int:

@@ -25,20 +25,21 @@ import timeit
 from dataclasses import replace
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # its own folder is tests/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 
-import generate  # noqa: E402
-import kernels  # noqa: E402
-import quantize  # noqa: E402
-import tp  # noqa: E402
-from kernels import BATCH_INVARIANT, InputError, TritonPacked  # noqa: E402
-from scripts import cli, contract, loading, machine  # noqa: E402
-from scripts.checkpoint import Refusal  # noqa: E402
-from scripts.tokenizer import Tokenizer  # noqa: E402
+import generate
+import kernels
+import quantize
+import tp
+from kernels import BATCH_INVARIANT, InputError, TritonPacked
+from scripts import cli, contract, loading, machine
+from scripts.checkpoint import Refusal
+from scripts.tokenizer import Tokenizer
 
 CARD = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if CARD else "cpu")

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import signal
 
 import pytest
 import torch
@@ -131,3 +132,8 @@ def fits(observed, expected):
         return statistic <= 1e-9
     z = 4.753
     return statistic <= df * (1 - 2 / (9 * df) + z * math.sqrt(2 / (9 * df))) ** 3
+
+
+def heed_interrupts():
+    """Of a process that is about to start: a shell's background jobs ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -16,7 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONTEXT, SPECIAL, load, train_bpe, write_checkpoint, write_json
+from helpers import (
+    CONTEXT,
+    SPECIAL,
+    heed_interrupts,
+    load,
+    train_bpe,
+    write_checkpoint,
+    write_json,
+)
 from safetensors.torch import load_file, save_file
 
 import generate
@@ -945,11 +953,6 @@ def by_key(path):
     return found
 
 
-def heed_interrupts():
-    """A shell's background jobs ignore them."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def disturbed(argv, path, sign):
     """Start the job, send a signal after its fifth line; what it left, its status and its standard
     error."""
@@ -1045,6 +1048,19 @@ def test_interrupt(job, tmp_path):
     assert 5 <= len(found) < len(want) and left.count(b"\n") == len(found)
     assert all(want[key] == tokens for key, tokens in found.items())
     assert status != 0 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", ["generate", "quantize", "scripts/bench", "scripts/verify"])
+def test_interrupt_of_imports(name):
+    """Ctrl-C before the first line of main(): no word, and what a shell calls status 130."""
+    argv = [sys.executable, f"{ROOT}/{name}.py", "--help"]
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
+    mapped = Path(f"/proc/{process.pid}/maps")
+    while "libtorch_cpu" not in mapped.read_text():  # it takes seconds from here on
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (-signal.SIGINT, "")
 
 
 # ---- conversations

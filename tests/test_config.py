@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import generate
-from kernels import InputError
 from model import rope_table
 from scripts import checkpoint, loading, machine, quantized
 from scripts.checkpoint import EMBEDDING, HEAD, INDEX, Refusal
@@ -630,7 +629,7 @@ def test_what_means_the_same_is_not_refused(tmp_path):
 @pytest.mark.parametrize("dense", [{"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}], ids=str)
 def test_layers_without_experts_are_named(tmp_path, dense):
     path = write_config(tmp_path, QWEN3_MOE | dense)
-    with pytest.raises(InputError, match=next(iter(dense))):
+    with pytest.raises(Refusal, match=f"{path}: {next(iter(dense))}"):
         generate.main(["--random_weights", str(path), "--prompt", "3"])
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from helpers import heed_interrupts
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 
@@ -760,7 +761,8 @@ def peer(tmp_path):
         code += f"sys.argv[1:] = {[*map(str, args)]}\n{script}"
         environment = os.environ | settings
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes)
+        options = {"env": environment, "preexec_fn": heed_interrupts} | pipes
+        return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **options)
 
     yield Here, start
     server.shutdown()

@@ -84,6 +84,21 @@ def test_profile_replaces_a_trace(tiny, tmp_path, capsys):  # noqa: F811
     assert [file.name for file in tmp_path.iterdir()] == ["trace.json"]
 
 
+def test_what_a_killed_trace_has_left(tmp_path):
+    """The next one removes it."""
+    path = tmp_path / "trace.json"
+    left, lock = outputs.new_folder(path)
+    (left / path.name).write_text("half")
+    with outputs.new_trace(path) as work:  # the owner of the other one still lives
+        Path(work).write_text("whole")
+    assert left.exists() and path.read_text() == "whole"
+    path.unlink()
+    os.close(lock)
+    with outputs.new_trace(path) as work:
+        Path(work).write_text("whole")
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_compressed_traces(tmp_path):
     path = tmp_path / "a.json.gz"
     path.write_bytes(gzip.compress(b'{"schemaVersion": 1}'))

@@ -336,7 +336,7 @@ def test_verify_fails(config, monkeypatch, capsys, promise, control):
     assert "does not hold" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag, ops", [(False, FAST), (True, BATCH_INVARIANT)], ids=str)
+@pytest.mark.parametrize("flag, ops", [(False, FAST), (True, BATCH_INVARIANT)], ids=["off", "on"])
 def test_verify_compares_both_tables(config, flag, ops):
     args = cli.parse_args(["--random_weights", str(config)], size=2)
     args, model, requests = contract.prepare(args, flag)

@@ -32,7 +32,7 @@ from scripts import cli, quantized  # noqa: E402
 from scripts.contract import complete  # noqa: E402
 from scripts.drafts import PromptLookup  # noqa: E402
 from scripts.loading import read_config, tensor_shapes  # noqa: E402
-from scripts.ranks import join  # noqa: E402
+from scripts.ranks import from_first, join, together  # noqa: E402
 from scripts.requests import Request  # noqa: E402
 from scripts.tokenizer import Tokenizer  # noqa: E402
 
@@ -169,7 +169,7 @@ def with_leaves_by_rank(folder, mode):
 def refused_by(who):
     """What all ranks hear of an error of one."""
     try:
-        with tp.together():
+        with together():
             if tp.rank == who:
                 raise InputError(f"by {who}")
     except InputError as error:
@@ -189,7 +189,7 @@ def work(folder):
     found["plain sums"] = with_plain_sums(folder, full)
     found["leaves by rank"] = with_leaves_by_rank(folder, plain)
     found["refused by"] = [refused_by(0), refused_by(1)]
-    found["read by"] = tp.from_first(tp.rank)
+    found["read by"] = from_first(tp.rank)
     everyone = [None] * tp.world
     torch.distributed.all_gather_object(everyone, json.dumps(found))
     found["alike"] = len(set(everyone)) == 1
@@ -475,7 +475,8 @@ def test_torchrun_refuses_in_one_line(folder):
     assert process.returncode
     assert out == ""
     said = re.findall("^error: .*", errors, re.M)
-    assert said == ["error: 2 processes cannot share this model, choose from 1"]
+    path = folder / "1 KV head.json"
+    assert said == [f"error: {path}: 2 processes cannot share this model, choose from 1"]
     assert errors.count("exitcode  : 2") == 2
 
 
