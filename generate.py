@@ -24,15 +24,15 @@ from scripts.sampler import Sampler
 from scripts.tokenizer import Tokenizer
 
 
-def logprobs(model: Transformer, logits: Tensor, ids: Tensor) -> Tensor:
-    """Of ids, shaped as the rows of the logits."""
+def logprobs_of(ids: Tensor, logits: Tensor, model: Transformer) -> Tensor:
+    """Of raw logits [..., V] the logprobs of ids [...], fp32."""
     return model.ops.log_softmax(logits).gather(-1, ids[..., None])[..., 0]
 
 
 def draw(model, logits_BTV: Tensor, pos_BT: Tensor, sampler: Sampler, settings: list[Tensor]):
     """Tokens for those positions and their logprobs, both [B, T]."""
     drawn_BT = sampler(logits_BTV.flatten(0, 1), pos_BT.flatten(), settings).view(pos_BT.shape)
-    return drawn_BT, logprobs(model, logits_BTV, drawn_BT)
+    return drawn_BT, logprobs_of(drawn_BT, logits_BTV, model)
 
 
 class Engine:
@@ -75,8 +75,9 @@ class Engine:
         return logits_BTV
 
     def step(self, tokens, starts: list[int], sampler: Sampler) -> tuple[Tensor, Tensor]:
-        """Feed every slot its tokens [B, T] from its start on, and draw what follows each, with
-        logprobs; on a GPU, compiled, as a CUDA graph: all that a step launches, at once."""
+        """Feed every slot its tokens [B, T], lists or a tensor, from its start on, and draw what
+        follows each, with logprobs; on a GPU, compiled, as a CUDA graph: all that a step launches,
+        at once."""
         model, cache = self.model, self.cache
         T = len(tokens[0])
         pos_BT = torch.tensor([range(start, start + T) for start in starts], device=model.device)
@@ -120,15 +121,15 @@ class Engine:
             sampler = Sampler([completion.request], self.model.device)
             pos_BT = torch.tensor([[len(completion.ids)]], device=self.model.device)
             logits_BTV = self.prefill(completion.ids, slot)
-            drawn = draw(self.model, logits_BTV, pos_BT, sampler, sampler.settings)
-            token, logprob = (x.item() for x in drawn)
+            token, logprob = draw(self.model, logits_BTV, pos_BT, sampler, sampler.settings)
+            made = (token.item(), logprob.item())  # waits for the device
             now = time.perf_counter()
             self.stats.prefill_tokens += len(completion.ids)
             self.stats.prefill_seconds += now - start
             self.stats.first_token_seconds = self.stats.first_token_seconds or now - began
             self.stats.new_tokens += 1
             self.slots[slot], self.sampler = completion, None
-            yield completion, completion.push(token, logprob)
+            yield completion, completion.push(*made)
             if completion.finish_reason:
                 self.slots[slot] = None
 
@@ -186,7 +187,7 @@ class Engine:
             targets_T = torch.tensor(ids[i + 1 : i + 1 + chunk], device=self.model.device)
             logits_TV = self.feed(ids[i : i + len(targets_T)], i, slot=0)[0]
             measured = measure and measure(logits_TV, targets_T)
-            scores += measured or logprobs(self.model, logits_TV, targets_T).tolist()
+            scores += measured or logprobs_of(targets_T, logits_TV, self.model).tolist()
         self.stats.prefill_tokens += len(ids)
         self.stats.prefill_seconds += time.perf_counter() - start
         return scores[len(prompt_ids) - 1 :]
@@ -201,7 +202,7 @@ def build(args, model: Transformer, tokenizer: Tokenizer, length: int) -> Engine
     compiled = args.compile or args.compile_prefill
     if compiled or args.deterministic or drafter:
         cli.progress("compiling" if compiled else "probing")
-        row = Request(0, "", [], temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        row = Request(0, "", [], **requests.settings_of(args))
         step_s, round_s = machine.warm_up(engine, row)
         # So many accepted drafts make up for what a round takes longer than a step.
         pays = drafter.pays if drafter and drafter.pays else round_s / step_s - 1

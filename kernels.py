@@ -1,4 +1,4 @@
-"""The op tables, through which every reduction of the model goes. `Fast` is what PyTorch does best.
+"""The op tables, through which the reductions of a model go. `Fast` is what PyTorch does best.
 `BatchInvariant` overrides what has to be exact: with it, the logits of a token have the same bits
 whatever else is computed beside it. A fork writes a third class. Letters in names are dimensions: B
 rows of a batch, T new tokens, H query heads, G KV heads, R = H / G, D head_dim, L cached positions,
@@ -614,7 +614,9 @@ class Fast:
 
 
 class BatchInvariant(Fast):
-    """Sums along K run leaf by leaf, attention over keys at absolute positions."""
+    """Sums along K run leaf by leaf, attention over keys at absolute positions. What has no sums is
+    computed in fp32 and rounded once, and goes through an `opaque` op where a compiler would use a
+    formula of its own: exp, tanh, sqrt, pow."""
 
     exact = True
     compile_options = {"emulate_precision_casts": True, "pattern_matcher": False}

@@ -45,7 +45,7 @@ class ModelConfig:
     quantization: str | None = None  # of linear layers: None, "int8" or "int4"
     group_size: int = 32  # weights of int4 that share a scale
     stored: bool = False  # whether the checkpoint is quantized, or will be while loading
-    settings: dict = field(default_factory=dict)  # all of config.json, for families that need more
+    settings: dict = field(default_factory=dict)  # all of config.json, for what is not named here
 
     def __post_init__(self):
         rope_table(self, 1)  # raises for settings that are missing or wrong
@@ -81,7 +81,8 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Layer(nn.Module):
     """A part of a model. Where `shapes` names checkpoint tensors, its `load` is given them all, in
-    that order, and returns the bytes that every step then reads."""
+    that order, and returns the bytes that every step then reads. `ops` is looked up at each call:
+    a test may give a layer others."""
 
     mode = None  # of quantization
 

@@ -30,7 +30,7 @@ def score(engine, ids: list[int], first: int) -> tuple[list[float], bool]:
     the likeliest."""
 
     def measure(logits_TV: torch.Tensor, ids_T: torch.Tensor) -> list[tuple[float, bool]]:
-        logprobs = generate.logprobs(engine.model, logits_TV, ids_T).tolist()
+        logprobs = generate.logprobs_of(ids_T, logits_TV, engine.model).tolist()
         likeliest = (logits_TV.argmax(-1) == ids_T).tolist()
         return list(zip(logprobs, likeliest, strict=True))
 

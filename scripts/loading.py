@@ -20,7 +20,7 @@ from scripts.tokenizer import Tokenizer
 
 SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
 SIZES += ["num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings"]
-FLAGS = ["tie_word_embeddings", "qkv_bias", "attention_bias", "mlp_bias", "qk_norm"]
+BOOLEANS = ["tie_word_embeddings", "qkv_bias", "attention_bias", "mlp_bias", "qk_norm"]
 SUPPORTED = {
     "hidden_act": ["silu", "swish"],
     "quantization mode": [None, *quantize.LINEARS],
@@ -142,7 +142,7 @@ def read_shape(path: Path, quantization: str | None = None, group_size=32) -> Mo
         architecture = one_of("architectures", given["architecture"], list(FAMILIES))
         settings.check_layer_types(given)
         _, family = FAMILIES[architecture]
-        given |= family
+        given |= family  # of which one may be what the next line reads
         given |= {"qkv_bias": given["attention_bias"], "qk_norm": False} | family
         settings.check(given)
         stored = given["quantization"]
@@ -155,7 +155,7 @@ def read_shape(path: Path, quantization: str | None = None, group_size=32) -> Mo
         windows = settings.windows(given)
         return ModelConfig(
             **sizes(given),
-            **{name: bool(given[name]) for name in FLAGS},
+            **{name: bool(given[name]) for name in BOOLEANS},
             architecture=architecture,
             rms_norm_eps=float(given["rms_norm_eps"]),
             rope_parameters=rope_parameters(given, windows),

@@ -18,9 +18,12 @@ READ = ("prompts_file", "score", "random_weights")
 
 
 def check_paths(args) -> None:
-    """Raise Refusal where two flags name the same file, of which one is to be written."""
+    """Raise Refusal where two flags name the same file, of which one is to be written, or where
+    there is no place for one."""
     paths = {flag: getattr(args, flag) for flag in WRITTEN + READ if getattr(args, flag)}
     for written in WRITTEN:
+        if written in paths and not paths[written].parent.is_dir():
+            raise Refusal(f"--{written} {paths[written]}: expected a directory that is there")
         for flag, path in paths.items():
             if flag != written and written in paths and is_same(path, paths[written]):
                 raise Refusal(f"--{written} and --{flag} are the same file, {path}")

@@ -35,7 +35,8 @@ def message(role: str, text: str) -> dict:
 
 @dataclass(frozen=True)
 class Request:
-    """One completion to make."""
+    """One completion to make. What a line of a prompts file may say of it, prompts.LINE_TYPES says,
+    and what a flag may, cli.py."""
 
     id: int | str
     prompt: str
@@ -149,6 +150,12 @@ def begins(text: str, start: int, stops: Sequence[str]) -> int:
     return len(text)
 
 
+def settings_of(args) -> dict:
+    """The fields of Request that are flags as well, by what cli.parse_args returns."""
+    names = {field.name for field in fields(Request)} - {"prompt"}  # which is a list there
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
 @dataclass(frozen=True)
 class RequestMaker:
     """Makes requests of entries: dicts with `id`, `prompt` and perhaps other fields of Request,
@@ -166,11 +173,15 @@ class RequestMaker:
     @classmethod
     def from_flags(cls, args, tokenizer: Tokenizer, vocab_size: int, context: int):
         """`args` is what cli.parse_args returns."""
-        names = {field.name for field in fields(Request)} - {"prompt"}  # which is a list there
-        settings = {name: value for name, value in vars(args).items() if name in names}
-        samples, synthetic = args.num_samples, args.prompts_file is None
         return cls(
-            tokenizer, vocab_size, context, settings, samples, args.chat, args.system, synthetic
+            tokenizer,
+            vocab_size,
+            context,
+            settings=settings_of(args),
+            num_samples=args.num_samples,
+            chat=args.chat,
+            system=args.system,
+            synthetic=args.prompts_file is None,
         )
 
     def make(self, entry: dict) -> list[Request]:

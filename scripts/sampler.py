@@ -1,7 +1,9 @@
 """Sampling without state: the noise for a token is a hash of (seed, sample, position, vocabulary
-id), so that a draw depends on nothing that is drawn beside it."""
+id), so that a draw depends on nothing that is drawn beside it. Letters in names are dimensions: B
+rows of a batch, N draws, a whole number for each row, K candidates, V vocabulary."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from scripts.requests import Request
 
 WORD = 0xFFFFFFFF
+IDLE = Request(0, "", [], temperature=0)  # of a row that draws for nobody
 
 
 def mix(x):
@@ -52,20 +55,27 @@ class Sampler:
     """Draws a token for each row of a batch by that row's own request; None is an idle row."""
 
     def __init__(self, requests: list[Request | None], device: torch.device):
-        likeliest = Request(0, "", [], temperature=1.0, top_k=1)  # what temperature 0 means
-        rows = [r if r and r.temperature > 1e-30 else likeliest for r in requests]
+        rows = [self.settled(r or IDLE) for r in requests]
 
         def column(name: str, dtype: torch.dtype) -> Tensor:
             return torch.tensor([[getattr(r, name)] for r in rows], device=device, dtype=dtype)
 
         keys = torch.tensor([noise_key(r.seed, r.sample) for r in rows], device=device)
         dtypes = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float64}
+        # In the order in which a draw takes them; each has a row a row of the batch.
         self.settings = [column(name, dtype) for name, dtype in dtypes.items()] + [keys]
         most = max(r.top_k for r in rows)
         self.k = 4 ** math.ceil(math.log(most, 4))  # of which there are few
         self.nucleus = any(r.top_p < 1 for r in rows)
         # What a CUDA graph of a draw has fixed. Tensors go into `settings`, which it is given.
         self.kind = (self.k, self.nucleus)
+
+    @staticmethod
+    def settled(request: Request) -> Request:
+        """Temperature 0 means the likeliest token."""
+        if request.temperature > 1e-30:
+            return request
+        return replace(request, temperature=1.0, top_k=1, top_p=1.0)
 
     def __call__(self, logits_NV: Tensor, pos_N: Tensor, settings: list[Tensor]) -> Tensor:
         """Tokens [N] for absolute positions from fp32 logits, N / B for each row in turn: the

@@ -3,12 +3,13 @@ means nothing raises a Refusal, or what Python raises where a value is of anothe
 
 from scripts.checkpoint import Refusal
 
-FLAGS = ["tie_word_embeddings", "attention_bias", "mlp_bias"]
-FLAGS += ["use_sliding_window", "norm_topk_prob"]
+BOOLEANS = ["tie_word_embeddings", "attention_bias", "mlp_bias"]
+BOOLEANS += ["use_sliding_window", "norm_topk_prob"]
 NULLS = ("head_dim", "num_key_value_heads", "sliding_window")  # which are settings where null
 
-# What is meant by what is left out, as the classes of transformers have it.
-DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, **dict.fromkeys(FLAGS, False)}
+# What is meant by what is left out, as the classes of transformers have it. What is supported of
+# the settings that are words is in loading.SUPPORTED.
+DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, **dict.fromkeys(BOOLEANS, False)}
 QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 FAMILY_DEFAULTS = {
     "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -72,7 +73,7 @@ def first_name(settings: dict, name: str) -> str | None:
 
 def check(settings: dict) -> None:
     """What means the same in all families."""
-    for name in FLAGS:
+    for name in BOOLEANS:
         if settings[name] not in (True, False):
             raise Refusal(f"{name} is {settings[name]!r}, expected true or false")
     for name, largest in LARGEST_SIZES.items():

@@ -328,6 +328,9 @@ def flags(kind: str) -> list[str]:
     return argv + (["--chat"] if kind == "chat" else [])
 
 
+MORE = (AttributeError, RecursionError)
+
+
 def new_case(seed: int, right: Path, folder: Path) -> Case:
     """The same for the same seed."""
     chance = random.Random(seed)
@@ -338,7 +341,7 @@ def new_case(seed: int, right: Path, folder: Path) -> Case:
         (folder / OUTPUT).unlink()
     spoilers = chance.choices(SPOILERS, k=chance.choice([1, 1, 1, 2]))
     for spoil in sorted(spoilers, key=SPOILERS.index):
-        with contextlib.suppress(OSError, ValueError, AttributeError, IndexError, KeyError):
+        with contextlib.suppress(OSError, ValueError, TypeError, LookupError, *MORE):
             spoil(case)  # which may not find what another has spoiled
     return case
 
