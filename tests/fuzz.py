@@ -456,11 +456,12 @@ def changes(case: Case, before: dict, after: dict) -> list[str]:
 
 
 def named(case: Case, name: str) -> bool:
-    """Whether a flag that writes is followed by that name, or a trace or an output is."""
+    """Whether a flag that writes is followed by that name, or by that of a link to it."""
     pairs = zip(case.argv, [*case.argv[1:], ""], strict=True)
     given = [value for flag, value in pairs if flag in ("--output", "--profile")]
     given += [word.partition("=")[2] for word in case.argv if word.startswith("--")]
-    return any(os.path.normpath(value) == name for value in given if value)
+    real = [os.path.realpath(case.folder / value) for value in given if "\0" not in value]
+    return os.path.realpath(case.folder / name) in real
 
 
 # ---- the front door
