@@ -47,9 +47,6 @@ class ModelConfig:
     stored: bool = False  # whether the checkpoint is quantized, or will be while loading
     settings: dict = field(default_factory=dict)  # all of config.json, for what is not named here
 
-    def __post_init__(self):
-        rope_table(self, 1)  # raises for settings that are missing or wrong
-
 
 def rope_table(config: ModelConfig, length: int) -> Tensor:
     """cos and sin by position and frequency, fp32 [length, 2, head_dim / 2] (RoFormer, eq. 34).
@@ -298,9 +295,7 @@ class Transformer(nn.Module):
         is one past the highest. Their keys and values are written to the cache, which must hold
         every earlier position."""
         # A CPU is quicker in whole blocks. A CUDA graph, of one shape, looks over all the cache.
-        span = -(-end // 64) * 64
-        if self.device.type != "cpu":
-            span = cache[0][0].shape[2]
+        span = -(-end // 64) * 64 if self.device.type == "cpu" else cache[0][0].shape[2]
         masks = {}
         for window, mask_mod in self.mask_mods.items():
             masks[window] = self.ops.mask(mask_mod, pos_BT, span, self.heads, self.dtype)

@@ -167,7 +167,12 @@ LINEARS = {"int8": Int8Linear, "int4": Int4Linear}
 
 def quantized(mode: str | None, weight: Tensor, group_size: int) -> dict[str, Tensor]:
     """The tensors of a float weight [N, K] in a checkpoint of that mode, by kind."""
-    return LINEARS[mode].from_float(weight, group_size) if mode else {"weight": weight}
+    if mode is None:
+        return {"weight": weight}
+    # A CPU takes so many rows at a time as its cache holds, ten times as fast as all at once.
+    rows = len(weight) if weight.is_cuda else max(1, 2**17 // weight.shape[1])
+    parts = [LINEARS[mode].from_float(part, group_size) for part in weight.split(rows)]
+    return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
 
 
 def pack(mode: str | None, ops: Fast, tensors: dict, bias=None, leaves=1, partial=False) -> Packed:

@@ -13,7 +13,7 @@ import quantize
 import scripts.families  # noqa: F401  (it enters them into FAMILIES)
 import tp
 from kernels import BATCH_INVARIANT, FAST, InputError
-from model import FAMILIES, ModelConfig, Transformer
+from model import FAMILIES, ModelConfig, Transformer, rope_table
 from scripts import checkpoint, cli, download, drafts, machine, settings
 from scripts.ranks import together
 from scripts.tokenizer import Tokenizer
@@ -153,7 +153,7 @@ def read_shape(path: Path, quantization: str | None = None, group_size=32) -> Mo
         if quantization and mode:
             raise checkpoint.Refusal(f"the checkpoint is {mode} already")
         windows = settings.windows(given)
-        return ModelConfig(
+        config = ModelConfig(
             **sizes(given),
             **{name: bool(given[name]) for name in BOOLEANS},
             architecture=architecture,
@@ -165,6 +165,8 @@ def read_shape(path: Path, quantization: str | None = None, group_size=32) -> Mo
             stored=mode is not None,
             settings=given,
         )
+        rope_table(config, 1)  # raises for settings that are missing or wrong
+        return config
 
 
 def one_of(name: str, value, choices):

@@ -135,6 +135,17 @@ def test_one_new_file_for_two_flags(refuse, tiny, tmp_path):  # noqa: F811
     assert not path.exists()
 
 
+@pytest.mark.parametrize("flag", ["--output", "--profile"])
+@pytest.mark.parametrize("place", ["nowhere", "nowhere/deeper", "a file"])
+def test_no_place_for_a_file(refuse, tmp_path, flag, place):  # noqa: F811
+    """It is refused before anything is loaded."""
+    (tmp_path / "a file").write_text("mine")
+    path = tmp_path / place / "new"
+    error = refuse("--checkpoint_path", tmp_path / "no checkpoint", flag, path, *QUICK)
+    assert f"{flag} {path}" in error and "expected a directory" in error
+    assert [file.name for file in tmp_path.iterdir()] == ["a file"]
+
+
 FOREIGN = {
     "text": "mine\n",
     "an object": '{"mine": 1}\n',
