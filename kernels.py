@@ -170,7 +170,8 @@ class LeafPacked(Packed):
             pairs = pairs.view(*x.shape[:-1], self.leaves, *self.shape)
             y = pairs.diagonal(dim1=-3, dim2=-2)  # of each leaf with its own part of x
             return y.float().movedim(-1, -2)
-        y = x.new_empty(self.leaves, *x.shape[:-1], self.shape[1], dtype=torch.float32)
+        shape = (self.leaves, *x.shape[:-1], self.shape[1])
+        y = x.new_empty(shape, dtype=torch.float32)
         for i, part in enumerate(x.chunk(self.leaves, dim=-1)):
             y[i] = exact_product(part, self.leaf_weights[i])
         return y.movedim(0, -2)
@@ -445,7 +446,8 @@ def triton_kernels() -> SimpleNamespace:
         if bias is not None:
             acc += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
         y += (m * tl.num_programs(2) + tl.program_id(2)) * N + n
-        tl.store(y, acc.to(y.dtype.element_ty), mask=(m < M) & (n < N))
+        there = (m < M) & (n < N)
+        tl.store(y, acc.to(y.dtype.element_ty), mask=there)
 
     @triton.jit(do_not_specialize=["T", "L", "window"])
     def attention(
@@ -546,7 +548,8 @@ class TritonPacked(Packed):
         launch = next(launch for most, launch in self.LAUNCHES.items() if M <= most)
         most_k = min(128 // self.weight.itemsize, launch["BLOCK_K"] * 2 // x.itemsize)
         block_k = math.gcd(most_k, K // leaves)  # no block straddles a leaf
-        programs = (-(-N // launch["BLOCK_N"]), -(-M // launch["BLOCK_M"]), leaves)
+        blocks = -(-N // launch["BLOCK_N"])
+        programs = (blocks, -(-M // launch["BLOCK_M"]), leaves)
         y = x.new_empty(*x.shape[:-1], *self.shape, dtype=self.sum_dtype)
         bias = self.bias if leaves == 1 else None
         group = 1 if self.grid is None else K // self.grid.shape[1]
@@ -627,9 +630,8 @@ class Fast:
 
 
 class BatchInvariant(Fast):
-    """Sums along K run leaf by leaf, attention over keys at absolute positions. What has no sums is
-    computed in fp32 and rounded once, and goes through an `opaque` op where a compiler would use a
-    formula of its own: exp, tanh, sqrt, pow."""
+    """Sums along K run leaf by leaf, attention over keys at absolute positions. Else fp32, and where
+    a compiler has formulas of its own (exp, tanh, sqrt, pow; not rsqrt) an `opaque` op."""
 
     exact = True
     compile_options = {"emulate_precision_casts": True, "pattern_matcher": False}
@@ -644,7 +646,6 @@ class BatchInvariant(Fast):
             return gpu_rms_norm(x, weight, eps)
         length = vector_norm(x)
         mean = length * length * (1 / x.shape[-1])
-        # A compiler rounds torch.sqrt and pow otherwise, but not rsqrt.
         return (x * (mean + eps).rsqrt()).mul_(weight)
 
     def silu_mul(self, gate_up):
