@@ -630,8 +630,8 @@ class Fast:
 
 
 class BatchInvariant(Fast):
-    """Sums along K run leaf by leaf, attention over keys at absolute positions. Else fp32, and where
-    a compiler has formulas of its own (exp, tanh, sqrt, pow; not rsqrt) an `opaque` op."""
+    """Sums along K run leaf by leaf, attention over keys at absolute positions. Else fp32; and an
+    `opaque` op where a compiler has formulas of its own (exp, tanh, sqrt, pow; not rsqrt)."""
 
     exact = True
     compile_options = {"emulate_precision_casts": True, "pattern_matcher": False}
