@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from kernels import BATCH_INVARIANT, FAST, causal
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -68,3 +71,32 @@ def test_compiled_code_divides_and_rounds_as_eager_code_does(card):
     assert divisions["exact"] == ["div.rn.f32"] and fused["exact"] == 0
     assert divisions["without division"] == ["div.full.f32"]
     assert fused["without casts"] > 0
+
+
+@pytest.mark.parametrize(
+    "ops, tokens, calls",
+    [(FAST, 1, False), (FAST, 2, True), (BATCH_INVARIANT, 1, True)],
+    ids=["one token", "two tokens", "exact"],
+)
+def test_attention_of_one_token_is_loops(ops, tokens, calls):
+    """A compiler sees what attention of one token is made of, and writes loops that are quicker
+    than the op that is called for all else; they give what the op gives."""
+    torch.manual_seed(0)
+    q = torch.randn(2, tokens, 6, 16)
+    k, v = torch.randn(2, 2, tokens, 3, 16)
+    caches = torch.randn(2, 2, 3, 128, 16)
+    pos = torch.tensor([[40 + i for i in range(tokens)], [7 + i for i in range(tokens)]])
+    mask = ops.mask(causal, pos, 64, torch.arange(6).view(3, 2), q.dtype)
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    def attention(k_cache, v_cache):
+        return ops.attention(q, k, v, k_cache, v_cache, pos, mask, 0.25)
+
+    want = attention(*caches.clone())
+    found = torch.compile(attention, backend=backend, fullgraph=True)(*caches.clone())
+    assert ("gpt_exact.attention.default" in targets) == calls
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
