@@ -8,7 +8,6 @@ import contextlib
 import functools
 import itertools
 import math
-import sys
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -96,9 +95,9 @@ def leaf_count(n_kv_heads: int, in_features: int, multiple: int = 32) -> int:
 
 
 class Packed(nn.Module):
-    """A weight [N, K] in its kernel's layout. Inductor cannot trace through such a layout, so a
-    compiled graph names the weight by an integer, its handle. Where a sum over K is `partial`,
-    other ranks have more of its leaves. A subclass has another `pack` and `products`."""
+    """A weight [N, K] in its kernel's layout. As Inductor cannot trace through it, a compiled graph
+    is given a tensor with the weight's number, its handle. Where a sum over K is `partial`, other
+    ranks have more of its leaves. A subclass has another `pack` and `products`."""
 
     table = weakref.WeakValueDictionary()  # handle -> Packed, until its layer dies
     handles = itertools.count()  # alike in every run, so that a cache of compiled graphs serves
@@ -109,8 +108,8 @@ class Packed(nn.Module):
         super().__init__()
         self.leaves, self.partial = leaves, partial
         self.shape = (len(weight),) if leaves == 1 else (leaves, len(weight))  # of a row's products
-        self.handle = next(self.handles)
-        self.table[self.handle] = self
+        self.handle = torch.tensor(next(self.handles))
+        self.table[self.handle.item()] = self
         self.register_buffer("bias", bias)
         given = (weight, bias, *grid.values())
         self.nbytes = sum(x.nbytes for x in given if isinstance(x, Tensor))
@@ -135,11 +134,11 @@ class Packed(nn.Module):
 
 
 @opaque(
-    "linear(Tensor x, int handle, int[] shape, ScalarType? dtype) -> Tensor",
+    "linear(Tensor x, Tensor handle, int[] shape, ScalarType? dtype) -> Tensor",
     lambda x, handle, shape, dtype: x.new_empty(*x.shape[:-1], *shape, dtype=dtype),
 )
-def opaque_linear(x: Tensor, handle: int, shape, dtype) -> Tensor:
-    return Packed.table[handle].products(x)
+def opaque_linear(x: Tensor, handle: Tensor, shape, dtype) -> Tensor:
+    return Packed.table[handle.item()].products(x)
 
 
 class LeafPacked(Packed):
@@ -265,8 +264,6 @@ def dense_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, 
     keep = mask_mod(b.view(-1, 1, 1, 1, 1), h, q_idx, kv_idx)
     bias = torch.zeros(keep.shape, device=pos_BT.device, dtype=dtype)
     bias.masked_fill_(~keep, float("-inf"))
-    if "torch._dynamo" in sys.modules:  # which takes a second to import, and who compiles has it
-        torch._dynamo.maybe_mark_dynamic(bias, 4)  # the span grows with the text: one graph for all
     seen_T = keep.any(3).flatten(0, 1).any(0)
     return [bias, span - seen_T.flip(-1).byte().argmax(-1)]
 
@@ -586,8 +583,7 @@ class Fast:
     """What PyTorch does best. `pack` and `mask` make what `linear` and `attention` are given."""
 
     exact = False  # whether bits depend on nothing but a token's own prefix
-    compile_options = {"size_asserts": False, "alignment_asserts": False}
-    compile_options |= {"coordinate_descent_tuning": True}
+    compile_options = {}  # of Inductor
 
     def pack(self, weight: Tensor, bias: Tensor | None, leaves: int, partial: bool) -> Packed:
         """A float weight [N, K], and the leaves that `BatchInvariant` cuts K into."""

@@ -195,10 +195,10 @@ class Block(Layer):
     network, each of a norm of x, and added to x."""
 
     capturable = True  # whether a CUDA graph can hold it: nothing in it waits for the device
+    rotary = True  # whether its queries and keys know of positions
 
     def __init__(self, model: "Transformer", index: int):
         super().__init__(model)
-        self.index = index
         config, prefix = model.config, f"model.layers.{index}"
         attn = f"{prefix}.self_attn"
         D, hidden = config.head_dim, config.hidden_size
@@ -226,7 +226,9 @@ class Block(Layer):
         if self.q_norm:
             q, k = qk.split((H, G), dim=2)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
-        q, k = rotate(qk, cos, sin).split((H, G), dim=2)
+        if self.rotary:
+            qk = rotate(qk, cos, sin)
+        q, k = qk.split((H, G), dim=2)
         y = self.ops.attention(q, k, v, k_cache, v_cache, pos_BT, mask, D**-0.5)
         x = x + self.o(y)
         return x + self.ffn(self.ffn_norm(x))
@@ -268,7 +270,7 @@ class Transformer(nn.Module):
         # Drafts may reach beyond the end of the context.
         self.rope = rope_table(config, config.max_position_embeddings + 64).to(device)
         self.mask_mods = {w: sliding_window(w) if w else causal for w in set(config.windows)}
-        self.decode_stack = self.verify_stack = self.prefill_stack = self.stack  # to be compiled
+        self.decode = self.verify = self.prefill = self.stack  # to be compiled
         self.graphed = False  # whether steps are CUDA graphs
 
     def make_head(self, name: str) -> Linear:
@@ -299,19 +301,21 @@ class Transformer(nn.Module):
         masks = {}
         for window, mask_mod in self.mask_mods.items():
             masks[window] = self.ops.mask(mask_mod, pos_BT, span, self.heads, self.dtype)
-        one, several = self.stack, self.prefill_stack
-        if decode:
-            one, several = self.decode_stack, self.verify_stack
-        stack = one if tokens_BT.shape[1] == 1 else several
-        return stack(tokens_BT, pos_BT, masks, cache, last)
-
-    def stack(self, tokens_BT, pos_BT, masks: dict, cache: KVCache, last: bool) -> Tensor:
-        """Every layer and the head: all that torch.compile gets to see."""
+        masks = [masks[window] for window in self.config.windows]
+        run = self.verify if decode else self.prefill
+        if tokens_BT.shape[1] == 1:
+            run = self.decode if decode else self.stack
         x = self.embed(tokens_BT).float()  # sums over layers in fp32: cheap, and much more precise
         cos, sin = self.rope[pos_BT].unsqueeze(2).unbind(3)
-        for block, window, kv in zip(self.layers, self.config.windows, cache, strict=True):
-            x = block(x, cos, sin, pos_BT, masks[window], *kv)
+        x = run(self.layers, x, cos, sin, pos_BT, masks, cache)
         logits_BTV = self.head(self.norm(x[:, -1:] if last else x)).float()
         if self.ranks > 1:
             logits_BTV = tp.all_gather(logits_BTV).movedim(0, -2).flatten(-2)
         return logits_BTV
+
+    @staticmethod
+    def stack(layers, x, cos, sin, pos_BT, masks: list, cache: KVCache) -> Tensor:
+        """Some layers, each with its mask and its part of the cache."""
+        for layer, mask, kv in zip(layers, masks, cache, strict=True):
+            x = layer(x, cos, sin, pos_BT, mask, *kv)
+        return x

@@ -5,7 +5,9 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -185,6 +187,9 @@ def run(steps: list[Callable], *more_errors: type[Exception]) -> None:
     step = steps[0]
     try:
         interrupts.raise_again()
+        # PyTorch then takes memory of 2 MB and more in huge pages, at no cost: a CPU looks up fewer
+        # addresses, and on some that is a quarter of the time of a step.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         speak_utf8()
         for step in steps:
             status = step() or 0
@@ -198,10 +203,18 @@ def run(steps: list[Callable], *more_errors: type[Exception]) -> None:
         status = 2 if isinstance(error, of_the_user) or is_panic_or_memory(error) else 1
         if is_first_rank() or step is steps[0]:
             explain(error, status)
+        else:
+            let_the_first_speak()
         sys.stdout = None  # an orderly end would once more print what could not be printed
     if "WORLD_SIZE" in os.environ:  # the threads that connect processes may abort an orderly end
         os._exit(status)
     sys.exit(status)
+
+
+def let_the_first_speak() -> None:
+    """A launcher ends all processes as soon as one of them has ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(1)
 
 
 def is_panic_or_memory(error: BaseException) -> bool:

@@ -32,8 +32,8 @@ class Mixture(Layer):
         self.router.dtype = torch.float32
         experts = ([f"{prefix}.experts.{i}.{name}" for name in names] for i in range(count))
         self.experts = torch.nn.ModuleList(FeedForward(model, *e, inner, False) for e in experts)
-        self.handle = next(Packed.handles)
-        Packed.table[self.handle] = self
+        self.handle = torch.tensor(next(Packed.handles))
+        Packed.table[self.handle.item()] = self
 
     def forward(self, x: Tensor) -> Tensor:
         return opaque_linear(x, self.handle, (self.config.hidden_size,), torch.float32)

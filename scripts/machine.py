@@ -14,6 +14,7 @@ import timeit
 import types
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def check_cache_fits(model, batch_size: int, length: int) -> None:
     check_fits(model.device, needed, f"a cache of {batch_size} x {length} tokens")
 
 
-def tune_memory(device: torch.device, huge_pages: bool) -> None:
+def tune_memory(device: torch.device) -> None:
     """After loading: have the allocator keep the memory it has, and move that to huge pages."""
     if sys.platform != "linux" or device.type != "cpu":
         return
@@ -116,8 +117,7 @@ def tune_memory(device: torch.device, huge_pages: bool) -> None:
     # a third of the time of a prefill.
     libc.mallopt(M_MMAP_THRESHOLD, 64 << 20)
     libc.mallopt(M_TRIM_THRESHOLD, 512 << 20)
-    if huge_pages:
-        collapse_pages(libc)
+    collapse_pages(libc)
 
 
 def collapse_pages(libc: ctypes.CDLL) -> None:
@@ -222,14 +222,14 @@ def find_device(name: str | None, world: int) -> torch.device:
 
 def set_up(model, compile_decode: bool, compile_prefill: bool) -> None:
     """Make every global setting, after loading, and compile what is to be compiled."""
-    tune_memory(model.device, huge_pages=compile_decode)
+    tune_memory(model.device)
     if (compile_decode or compile_prefill) and model.device.type == "cpu":
         check_compiler(model)
     if compile_prefill:
-        model.prefill_stack = compiled(model, dynamic=True)
+        model.prefill = compiled(model, [1], dynamic=True)
     if compile_decode:
-        model.decode_stack = compiled(model)
-        model.verify_stack = compiled(model)
+        model.decode = compiled(model, [5, 6, 4])
+        model.verify = compiled(model, [5, 6, 4])
         capturable = all(block.capturable for block in model.layers)
         model.graphed = model.device.type == "cuda" and capturable
 
@@ -255,14 +255,61 @@ def compiles(compiler: str) -> bool:
         return out.exists()
 
 
-def compiled(model, **more):
-    """The model's stack, compiled. PyTorch keeps graphs by code object, so each has a copy of
-    it."""
-    stack = type(model).stack
-    own = types.FunctionType(stack.__code__.replace(), stack.__globals__, stack.__name__)
-    options = dict(model.ops.compile_options)
-    options["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-    return torch.compile(own.__get__(model), fullgraph=True, options=options, **more)
+def compiled(model, sizes: list[int], **more) -> Callable:
+    """The model's stack, of which a run of layers is compiled once for all runs that differ in
+    nothing but their tensors. Of `sizes` it has the first that divides the layers, else the last
+    one: a longer run has fewer calls, and compiles for longer."""
+    options = model.ops.compile_options | {"guard_filter_fn": arguments_alone}
+    options |= {"size_asserts": False, "alignment_asserts": False}
+    options["cpp.vec_isa_ok"] = True  # to try vector instructions would take most of the time
+    layers = list(model.layers)
+    size = next((n for n in sizes if len(layers) % n == 0), sizes[-1])
+    functions, runs = {}, []
+    for start in range(0, len(layers), size):
+        some = slice(start, start + size)
+        kinds = tuple(map(kind_of, layers[some]))
+        if kinds not in functions:
+            # PyTorch keeps graphs by code object, so each has a copy of it.
+            stack = model.stack
+            own = types.FunctionType(stack.__code__.replace(), stack.__globals__, stack.__name__)
+            functions[kinds] = torch.compile(own, fullgraph=True, options=options, **more)
+        runs.append((functions[kinds], layers[some], some))
+
+    def stack_of_runs(layers, x, cos, sin, pos_BT, masks, cache):
+        for mask in masks:
+            if not isinstance(mask, int):
+                # Its keys grow with the text: one graph for all.
+                torch._dynamo.maybe_mark_dynamic(mask[0], 4)
+        for run, part, some in runs:
+            x = run(part, x, cos, sin, pos_BT, masks[some], cache[some])
+        return x
+
+    return stack_of_runs
+
+
+def kind_of(layer) -> str:
+    """What its compiled code depends on: the modules in it with their plain attributes, and the
+    shapes of its tensors."""
+    found = []
+    for name, module in layer.named_modules():
+        attributes = [item for item in vars(module).items() if is_plain(item[1])]
+        shapes = [(key, x.shape, x.dtype) for key, x in module.named_buffers(recurse=False)]
+        found.append((name, type(module), attributes, shapes))
+    return repr(found)
+
+
+def is_plain(value) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
+
+
+def arguments_alone(guards) -> list[bool]:
+    """Which of them to check at a call: nothing else than a stack's arguments ever changes."""
+    modules = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
+    marks = "DIMENSION_DYNAMIC_MARKING_GUARD"
+    pairs = zip(guards, modules, strict=True)
+    return [keep and not guard.is_global and guard.guard_type != marks for guard, keep in pairs]
 
 
 @torch.inference_mode()

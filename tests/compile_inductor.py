@@ -69,11 +69,24 @@ def like_queries(q, k, v):
 attend = kernels.opaque("attend(Tensor q, Tensor k, Tensor v) -> Tensor", like_queries)(None)
 
 
-class OpaqueAttention(kernels.BatchInvariant):
-    """With an op that writes to no cache: the model's own cannot be traced in this way."""
+def like_products(x, shape, dtype):
+    return x.new_empty(*x.shape[:-1], *shape, dtype=dtype)
+
+
+SCHEMA = "product(Tensor x, int[] shape, ScalarType? dtype) -> Tensor"
+product = kernels.opaque(SCHEMA, like_products)(None)
+
+
+class OpaqueOps(kernels.BatchInvariant):
+    """With ops that write to no cache and have no handle: the model's own cannot be traced in this
+    way."""
 
     def attention(self, q, k, v, *others):
         return attend(q, k, v)
+
+    def linear(self, x, packed):
+        y = product(x, packed.shape, packed.sum_dtype)
+        return y if packed.leaves == 1 else kernels.add_leaves(y.unbind(-2), packed.bias)
 
 
 @contextlib.contextmanager
@@ -110,7 +123,7 @@ def trace_block(directory: str):
     path.write_text(json.dumps(SETTINGS))
     mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        model = Transformer(read_config(path), OpaqueAttention(), CARD, torch.bfloat16)
+        model = Transformer(read_config(path), OpaqueOps(), CARD, torch.bfloat16)
         options = {"device": CARD, "dtype": torch.bfloat16}
         for layer in model.loaders:
             layer.load([torch.empty(shape, **options) for shape in layer.shapes.values()])

@@ -1143,7 +1143,7 @@ def test_compiling_is_refused_where_it_changes_bits(refused, tiny, capsys, monke
     """PyTorch before 2.13 drops roundings on a CPU: with the flag one line, without it as
     before."""
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.11.0+cu130"))
-    monkeypatch.setattr(machine, "compiled", lambda model, **more: model.stack)
+    monkeypatch.setattr(machine, "compiled", lambda model, *how, **more: model.stack)
     monkeypatch.setattr(machine, "tune_memory", lambda *args, **more: None)  # it takes a while
     few = ["--prompt", "3", "--max_new_tokens", "1"]
     lines_of(capsys, tiny, *few, "--compile", "--compile_prefill")

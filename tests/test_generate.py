@@ -22,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import generate
 from generate import Engine
-from kernels import Fast
+from kernels import BATCH_INVARIANT, Fast
+from model import FAMILIES, Block, Transformer
+from scripts import machine
 from scripts.requests import Request
 from scripts.tokenizer import Tokenizer
 
@@ -407,3 +409,61 @@ def test_compiled_equals_eager(dynamo, tmp_path, capsys):
     # One key block or any number of them, and a few lengths that PyTorch takes for special: 1, the
     # batch size.
     assert 2 <= dynamo["unique_graphs"] <= 6
+
+
+class Positionless(Block):
+    """Every other layer takes its queries and keys as they are."""
+
+    def __init__(self, model, index):
+        super().__init__(model, index)
+        self.rotary = index % 2 == 0
+
+
+def logits_of_steps(model):
+    """Of a prompt, and of a step of decoding after it."""
+    engine = Engine(model, Tokenizer(None), 1, 32)
+    ids = random_ids(9, seed=1)
+    with torch.inference_mode():
+        whole = engine.feed(ids, 0, 0)
+        tokens, pos = torch.tensor([[5]]), torch.tensor([[9]])
+        return whole, model(tokens, pos, engine.cache, 10, decode=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("alike", [False, True], ids=["by kind", "taken for alike"])
+def test_layers_that_differ_have_code_of_their_own(dynamo, tmp_path, monkeypatch, alike):
+    """Layers that differ in a plain attribute are not taken for alike, and those that do not are
+    compiled once: six layers in runs of one, of two kinds."""
+    monkeypatch.setitem(FAMILIES, "LlamaForCausalLM", (Positionless, {"use_sliding_window": False}))
+    directory = write_checkpoint(tmp_path, num_hidden_layers=6)
+    model, _ = load(directory, torch.bfloat16, BATCH_INVARIANT)
+    want = logits_of_steps(model)
+    if alike:
+        monkeypatch.setattr(machine, "kind_of", lambda layer: "")
+    model.prefill = machine.compiled(model, [1], dynamic=True)
+    model.decode = machine.compiled(model, [1])
+    found = logits_of_steps(model)
+    same = [torch.equal(a, b) for a, b in zip(found, want, strict=True)]
+    assert same == [not alike] * 2
+    assert dynamo["unique_graphs"] == (2 if alike else 4)
+
+
+seen = []
+
+
+def count_layers(layers, *others):
+    seen.append(len(layers))
+
+
+def test_runs_divide_the_layers(tmp_path, monkeypatch):
+    """The first size that does, else the last one."""
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    monkeypatch.setattr(Transformer, "stack", staticmethod(count_layers))
+    for count, sizes, runs in ((6, [5, 3, 4], [3, 3]), (7, [5, 4], [4, 3]), (3, [1], [1] * 3)):
+        directory = tmp_path / str(count)
+        directory.mkdir()
+        model, _ = load(write_checkpoint(directory, num_hidden_layers=count))
+        seen.clear()
+        masks, cache = [1] * count, [None] * count
+        machine.compiled(model, sizes)(model.layers, None, None, None, None, masks, cache)
+        assert seen == runs
