@@ -5,7 +5,7 @@ import argparse
 import json
 from pathlib import Path
 
-from scripts.checkpoint import Refusal, read_json
+from scripts.checkpoint import Refusal, read_json, refusing
 
 INFINITY = 2**62  # what fits a tensor of int64, with room to add
 COUNT = (1, INFINITY)
@@ -17,6 +17,7 @@ RANGES = {
     "min_p": (0, 1),
     "repetition_penalty": (1e-6, 1e6),
 }
+EXAMPLE = '{"5": -100}'
 BIASES = (-1e30, 1e30)  # times any penalty, they stay numbers of fp32
 # Of transformers, for what a generation_config.json that samples leaves out.
 OF_TRANSFORMERS = {
@@ -38,24 +39,26 @@ def check_range(name: str, value: float, limits: tuple[float, float]) -> None:
 
 
 def bias_of_flag(text: str) -> dict[int, float]:
-    """As --logit_bias has it."""
+    """As --logit_bias has it. Raises what argparse expects of a type."""
     try:
-        return read_bias(json.loads(text))
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{error}, expected JSON such as {{5: -100}}") from None
+        with refusing("expected JSON", json.JSONDecodeError, RecursionError):
+            given = json.loads(text)
+        return read_bias(given)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def read_bias(given) -> dict[int, float]:
     """What to add to the logits of tokens, of a JSON object of their ids. Raises Refusal."""
     if not isinstance(given, dict):
-        raise Refusal(f"logit_bias is {given!r:.40}, expected an object of token ids and numbers")
+        raise Refusal(f"logit_bias is {given!r:.40}, expected an object such as {EXAMPLE}")
     found = {}
     for name, value in given.items():
         if not (name.isdecimal() and name.isascii() and name == str(int(name[:18]))):
-            raise Refusal(f"logit_bias has {name!r:.40}, expected token ids")
+            raise Refusal(f"logit_bias of {name!r:.40}, expected ids of tokens as in {EXAMPLE}")
         if type(value) not in (int, float):
             raise Refusal(f"logit_bias of {name} is {value!r:.40}, expected a number")
-        check_range(f"logit_bias of {name} is", value, BIASES)
+        check_range(f"logit_bias of {name}:", value, BIASES)
         found[int(name)] = float(value)
     return found
 
