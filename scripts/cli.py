@@ -119,7 +119,7 @@ def add_request_flags(parser: Parser) -> None:
     parser.switch("--interactive", "a conversation in the terminal: /clear, /exit")
     parser.path("--score", "FILE.jsonl", "print such lines again, logprobs recomputed by prefill")
 
-    parser.group("sampling (in a chat, by the checkpoint's generation_config.json if it says)")
+    parser.group("sampling (in a chat, generation_config.json has other defaults)")
     default = Request(0, "", [])
     parser.number("--max_new_tokens", default.max_new_tokens, "of each completion")
     parser.number("--temperature", default.temperature, "0: the likeliest token")

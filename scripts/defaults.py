@@ -113,5 +113,5 @@ def take(args: argparse.Namespace, directory: Path) -> str:
         if name not in args.given:
             taken[name] = value
             setattr(args, name, value)
-    words = [f"{name} {value:g}" for name, value in taken.items() if value != INFINITY]
+    words = [f"{name} {'all' if value == INFINITY else value}" for name, value in taken.items()]
     return f"sampling by generation_config.json: {', '.join(words)}" if words else ""

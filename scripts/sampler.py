@@ -22,7 +22,7 @@ FIELDS = {  # of a request that a draw takes, one number each
     "min_p": torch.float32,
     "repetition_penalty": torch.float32,
 }
-OPTIONAL = ("min_p", "repetition_penalty")  # where no row has changed them, they cost nothing
+ALWAYS = ("temperature", "top_k", "top_p")  # what else no row has changed costs nothing
 
 
 def mix(x):
@@ -79,7 +79,7 @@ def columns(rows: list[Request]) -> dict[str, Tensor]:
     for name, dtype in FIELDS.items():
         column = [[getattr(r, name)] for r in rows]
         is_changed = any(value != getattr(IDLE, name) for (value,) in column)
-        if is_changed or name not in OPTIONAL:
+        if is_changed or name in ALWAYS:
             tables[name] = torch.tensor(column, dtype=dtype)
     return tables | {"key": torch.tensor([noise_key(r.seed, r.sample) for r in rows])}
 
