@@ -17,7 +17,7 @@ import tp
 from kernels import InputError
 from model import Transformer
 from scripts import chat, cli, drafts, machine, prompts, ranks, requests
-from scripts.loading import load, load_drafter
+from scripts.loading import load, load_drafter, take_defaults
 from scripts.outputs import Output
 from scripts.requests import Completion, Request
 from scripts.sampler import Sampler
@@ -76,12 +76,12 @@ class Engine:
 
     def step(self, tokens, starts: list[int], sampler: Sampler) -> tuple[Tensor, Tensor]:
         """Feed every slot its tokens [B, T], lists or a tensor, from its start on, and draw what
-        follows each, with logprobs; on a GPU, compiled, as a CUDA graph: all that a step launches,
-        at once."""
+        follows each, with logprobs; on a GPU, compiled, one CUDA graph launches all of it."""
         model, cache = self.model, self.cache
         T = len(tokens[0])
         pos_BT = torch.tensor([range(start, start + T) for start in starts], device=model.device)
         given = (torch.as_tensor(tokens, device=model.device), pos_BT, *sampler.settings)
+        sampler.read(*given[:2])
 
         def run(tokens_BT, pos_BT, *settings):  # of no `self`: a cycle would keep the cache alive
             logits_BTV = model(tokens_BT, pos_BT, cache, max(starts) + T, decode=True)
@@ -136,8 +136,7 @@ class Engine:
     def propose(self) -> list[list[int]] | None:
         """k drafts a slot, or none where there are no good ones or they have not paid."""
         if self.sampler is None:
-            rows = [completion and completion.request for completion in self.slots]
-            self.sampler = Sampler(rows, self.model.device)
+            self.sampler = Sampler.of_slots(self.slots, self.model.device)
         self.started = time.perf_counter()
         if self.drafter and not self.pauses.now():
             return self.drafter.propose(self.slots, self.sampler)
@@ -215,6 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     with ranks.together():
         args = cli.parse_args(argv)
         model, tokenizer = load(args)
+        by_checkpoint = take_defaults(args)
         context = min(model.config.max_position_embeddings, args.max_seq_length)
         maker = requests.RequestMaker.from_flags(args, tokenizer, model.config.vocab_size, context)
     load_s = time.perf_counter() - start
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
         as_json = args.json or args.score is not None
         requests.write(engine, wanted, as_json, output, not args.chat, args.batch_size == 1)
     if tp.rank == 0:
-        machine.report(engine.stats, model, load_s, compile_s, args.json)
+        machine.report(engine.stats, model, load_s, compile_s, args.json, by_checkpoint)
 
 
 def command(main: Callable) -> None:

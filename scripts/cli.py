@@ -12,17 +12,17 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts import download, interrupts, outputs
+from scripts import defaults, download, interrupts, outputs
 from scripts.checkpoint import Refusal, is_first_rank, progress
 from scripts.checkpoint import say as say  # others know it as cli.say
-from scripts.requests import COUNT, INFINITY, Request, check_range, message
-from scripts.requests import RANGES as RANGES_OF_A_REQUEST
+from scripts.defaults import COUNT, INFINITY, check_range
+from scripts.requests import Request, message
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 QUANTIZE_MODES = ("int8", "int4")
 GROUP_SIZES = (32, 64, 128)
 
-RANGES = RANGES_OF_A_REQUEST | {
+RANGES = defaults.RANGES | {
     "num_samples": (1, 10**6),
     "batch_size": (1, 1 << 16),
     "prefill_chunk": (0, INFINITY),
@@ -84,6 +84,7 @@ def parse_args(argv: list[str] | None = None, about: str | None = None, **own):
     for name, default in own.items():
         parser.add(f"--{name}", type=type(default), default=default, help="above (%(default)r)")
     args = parser.parse_args(argv)
+    args.given = defaults.given(parser, argv)
     counts = {name: COUNT for name, default in own.items() if type(default) is int and default}
     check_ranges(args, RANGES | counts)
     check_exclusions(args)
@@ -118,12 +119,17 @@ def add_request_flags(parser: Parser) -> None:
     parser.switch("--interactive", "a conversation in the terminal: /clear, /exit")
     parser.path("--score", "FILE.jsonl", "print such lines again, logprobs recomputed by prefill")
 
-    parser.group("sampling")
+    parser.group("sampling (in a chat, generation_config.json has other defaults)")
     default = Request(0, "", [])
     parser.number("--max_new_tokens", default.max_new_tokens, "of each completion")
     parser.number("--temperature", default.temperature, "0: the likeliest token")
     parser.number("--top_k", default.top_k, "draw from the N likeliest")
     parser.number("--top_p", default.top_p, "draw from the likeliest of this sum")
+    parser.number("--min_p", default.min_p, "draw from those so likely beside the likeliest")
+    text = "logits of tokens in the text are divided by it, below 0 multiplied"
+    parser.number("--repetition_penalty", default.repetition_penalty, text)
+    text = 'what to add to logits, by token id: {"5": -100}'
+    parser.add("--logit_bias", type=defaults.bias_of_flag, metavar="JSON", help=text)
     parser.number("--seed", default.seed, "of the noise")
     parser.number("--num_samples", 1, "completions of each prompt")
     text = "end a completion there; repeatable"

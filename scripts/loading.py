@@ -14,7 +14,7 @@ import scripts.families  # noqa: F401  (it enters them into FAMILIES)
 import tp
 from kernels import BATCH_INVARIANT, FAST, InputError
 from model import FAMILIES, ModelConfig, Transformer, rope_table
-from scripts import checkpoint, cli, download, drafts, machine, settings
+from scripts import checkpoint, cli, defaults, download, drafts, machine, settings
 from scripts.ranks import together
 from scripts.tokenizer import Tokenizer
 
@@ -69,6 +69,17 @@ def find(directory: Path | None) -> Path:
     with checkpoint.refusing("the default checkpoint cannot be had", ValueError, ImportError):
         download.fetch(download.DEFAULT)
     return download.DEFAULT
+
+
+def take_defaults(args) -> str:
+    """In a chat, sampling is as the checkpoint says where no flag says otherwise; the words for
+    what it says. Raises Refusal."""
+    if not (args.chat or args.interactive):
+        return ""
+    taken = defaults.take(args, find(args.checkpoint_path))
+    if args.interactive and taken:
+        cli.progress(taken)
+    return taken
 
 
 def tensor_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:

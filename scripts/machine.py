@@ -15,7 +15,7 @@ import types
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -172,8 +172,11 @@ def per_second(amount: float, seconds: float) -> float:
     return amount / seconds if seconds else 0.0
 
 
-def report(stats: Stats, model, load_s: float, compile_s: float, as_json: bool) -> None:
-    """Print the stats: as a line of JSON if that is asked for, and in words on standard error."""
+def report(
+    stats: Stats, model, load_s: float, compile_s: float, as_json: bool, note: str = ""
+) -> None:
+    """Print the stats: as a line of JSON if that is asked for, and in words on standard error, with
+    a note if there is one."""
     decode = per_second(stats.decode_tokens, stats.decode_seconds)
     prefill = per_second(stats.prefill_tokens, stats.prefill_seconds)
     gb_s = per_second(model.nbytes * stats.steps, stats.decode_seconds) / 1e9
@@ -201,6 +204,8 @@ def report(stats: Stats, model, load_s: float, compile_s: float, as_json: bool) 
         f"{gb_s:.1f} GB/s, {gb_s / limit:.0%} of the {limit:.0f} GB/s that this machine reads",
         file=sys.stderr,
     )
+    if note:
+        print(note, file=sys.stderr)
 
 
 def find_device(name: str | None, world: int) -> torch.device:
@@ -319,6 +324,7 @@ def warm_up(engine, row: Request) -> tuple[float, float]:
     """Seconds of a step of one token a slot, and of one that checks drafts, at best of three each,
     after all that they need is compiled and probed."""
     batch = len(engine.slots)
+    row = replace(row, max_new_tokens=engine.length)  # as long as any
     sampler = Sampler([row] * batch, engine.model.device)
     engine.prefill([0] * 5, 0)
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from scripts.defaults import RANGES, check_bias, check_range, read_bias
 from scripts.files import Refusal, read_stream, refusing
-from scripts.requests import RANGES, Request, RequestMaker, check_range, message
+from scripts.requests import Request, RequestMaker, message
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 JSON_BEGINS = re.compile(rb'\s*{\s*"')
@@ -22,6 +23,9 @@ LINE_TYPES = {
     "temperature": [int, float],
     "top_k": [int],
     "top_p": [int, float],
+    "min_p": [int, float],
+    "repetition_penalty": [int, float],
+    "logit_bias": [dict],
     "stop": [str, list],
 }
 
@@ -90,6 +94,9 @@ def read_entry(given: dict, maker: RequestMaker) -> dict:
     entry = dict(given)
     if "stop" in given:
         entry["stop"] = read_stop(given["stop"])
+    if "logit_bias" in given:
+        entry["logit_bias"] = read_bias(given["logit_bias"])
+        check_bias(entry["logit_bias"], maker.vocab_size)
     if not maker.chat and given.keys() & {"messages", "system"}:
         raise Refusal("messages and system need --chat")
     if ("prompt" in given) == ("messages" in given):

@@ -9,23 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from scripts.checkpoint import Refusal, progress, refusing, say
+from scripts.defaults import check_bias
 from scripts.outputs import Output
 from scripts.tokenizer import Tokenizer
-
-INFINITY = 2**62  # what fits a tensor of int64, with room to add
-COUNT = (1, INFINITY)
-RANGES = {
-    "max_new_tokens": COUNT,
-    "temperature": (0, INFINITY),
-    "top_k": COUNT,
-    "top_p": (1e-9, 1),
-}
-
-
-def check_range(name: str, value: float, limits: tuple[float, float]) -> None:
-    low, high = limits
-    if not low <= value <= high:  # nan is not, either
-        raise Refusal(f"{name} {value}: expected {low} to {high:g}")
 
 
 def message(role: str, text: str) -> dict:
@@ -46,6 +32,9 @@ class Request:
     temperature: float = 0.8
     top_k: int = 200
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None  # by token id
     seed: int = 1234
     stop: Sequence[str] = ()
     ignore_eos: bool = False
@@ -172,7 +161,8 @@ class RequestMaker:
 
     @classmethod
     def from_flags(cls, args, tokenizer: Tokenizer, vocab_size: int, context: int):
-        """`args` is what cli.parse_args returns."""
+        """`args` is what cli.parse_args returns. Raises Refusal."""
+        check_bias(args.logit_bias, vocab_size)
         return cls(
             tokenizer,
             vocab_size,

@@ -1,17 +1,28 @@
 """Sampling without state: the noise for a token is a hash of (seed, sample, position, vocabulary
 id), so that a draw depends on nothing that is drawn beside it. Letters in names are dimensions: B
-rows of a batch, N draws, a whole number for each row, K candidates, V vocabulary."""
+rows of a batch, N draws, a whole number for each row, K candidates, V vocabulary, L places of a
+text."""
 
+import copy
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from scripts.requests import Request
+from scripts.requests import Completion, Request
 
 WORD = 0xFFFFFFFF
 IDLE = Request(0, "", [], temperature=0)  # of a row that draws for nobody
+FIELDS = {  # of a request that a draw takes, one number each
+    "temperature": torch.float32,
+    "top_k": torch.int64,
+    "top_p": torch.float64,
+    "min_p": torch.float32,
+    "repetition_penalty": torch.float32,
+}
+ALWAYS = ("temperature", "top_k", "top_p")  # what else no row has changed costs nothing
 
 
 def mix(x):
@@ -51,46 +62,129 @@ def top(logits_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return logits_BV.gather(-1, ids), ids
 
 
+def rounded_up(size: int) -> int:
+    """To a power of four, of which there are few: each size has a CUDA graph of its own."""
+    return 4 ** math.ceil(math.log(size, 4))
+
+
+def padded(rows: Sequence[Sequence], fill: float, least: int = 1) -> Tensor:
+    """Rows of several lengths as one tensor [B, `least` or more]."""
+    size = rounded_up(max(least, *map(len, rows)))
+    return torch.tensor([[*row, *[fill] * (size - len(row))] for row in rows])
+
+
+def columns(rows: list[Request]) -> dict[str, Tensor]:
+    """What a draw takes of each request, [B, 1], and the key of its noise, [B, 2]."""
+    tables = {}
+    for name, dtype in FIELDS.items():
+        column = [[getattr(r, name)] for r in rows]
+        is_changed = any(value != getattr(IDLE, name) for (value,) in column)
+        if is_changed or name in ALWAYS:
+            tables[name] = torch.tensor(column, dtype=dtype)
+    return tables | {"key": torch.tensor([noise_key(r.seed, r.sample) for r in rows])}
+
+
+def texts(rows: list[Request]) -> dict[str, Tensor]:
+    """The ids of each prompt, with room for what follows, [B, L]."""
+    if all(r.repetition_penalty == 1 for r in rows):
+        return {}
+    longest = max(len(r.prompt_ids) + r.max_new_tokens for r in rows)
+    return {"text": padded([r.prompt_ids for r in rows], 0, longest + 1)}
+
+
+def biases(rows: list[Request]) -> dict[str, Tensor]:
+    """What is added to the logits of which ids, both [B, K]."""
+    if not any(r.logit_bias for r in rows):
+        return {}
+    each = [r.logit_bias or {} for r in rows]
+    amounts = [bias.values() for bias in each]
+    return {"biased_ids": padded(each, WORD), "bias": padded(amounts, 0.0)}
+
+
+def spread(values_NK: Tensor, ids_NK: Tensor, V: int) -> Tensor:
+    """[N, V]: values at their ids, elsewhere 0. An id of V or more has no place there."""
+    table = values_NK.new_zeros(len(values_NK), V + 1)
+    return table.scatter_(1, ids_NK.clamp(max=V), values_NK)[:, :V]
+
+
+def processed(logits_NV: Tensor, pos_N: Tensor, row: dict[str, Tensor]) -> Tensor:
+    """Fp32 logits with what is asked for of these, in the order of transformers: a bias is added to
+    some ids; then those that stand in the text before the position are divided by a penalty, or
+    multiplied where they are below 0 (Keskar et al. 2019)."""
+    V = logits_NV.shape[-1]
+    if "bias" in row:
+        logits_NV = logits_NV + spread(row["bias"], row["biased_ids"], V)
+    if "text" in row:
+        text_NL, penalty_N1 = row["text"], row["repetition_penalty"]
+        is_before = torch.arange(text_NL.shape[1], device=pos_N.device) < pos_N[:, None]
+        seen_NV = spread(is_before, torch.where(is_before, text_NL, V), V)
+        is_less = logits_NV < 0
+        penalized = torch.where(is_less, logits_NV * penalty_N1, logits_NV / penalty_N1)
+        logits_NV = torch.where(seen_NV, penalized, logits_NV)
+    return logits_NV
+
+
 class Sampler:
-    """Draws a token for each row of a batch by that row's own request; None is an idle row."""
+    """Draws a token for each row of a batch by that row's own request; None is an idle row. A draw
+    that penalizes repetition looks at the text before it, by position: the prompt, and what `read`
+    is told. As in a cache, what is wrong there is overwritten before anybody looks."""
 
-    def __init__(self, requests: list[Request | None], device: torch.device):
+    def __init__(self, requests: Sequence[Request | None], device: torch.device):
         rows = [self.settled(r or IDLE) for r in requests]
-
-        def column(name: str, dtype: torch.dtype) -> Tensor:
-            return torch.tensor([[getattr(r, name)] for r in rows], device=device, dtype=dtype)
-
-        keys = torch.tensor([noise_key(r.seed, r.sample) for r in rows], device=device)
-        dtypes = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float64}
-        # In the order in which a draw takes them; each has a row a row of the batch.
-        self.settings = [column(name, dtype) for name, dtype in dtypes.items()] + [keys]
-        most = max(r.top_k for r in rows)
-        self.k = 4 ** math.ceil(math.log(most, 4))  # of which there are few
+        tables = columns(rows) | texts(rows) | biases(rows)
+        self.names = list(tables)
+        self.settings = [x.to(device) for x in tables.values()]  # each has a row a row of the batch
+        self.k = rounded_up(max(r.top_k for r in rows))
         self.nucleus = any(r.top_p < 1 for r in rows)
         # What a CUDA graph of a draw has fixed. Tensors go into `settings`, which it is given.
-        self.kind = (self.k, self.nucleus)
+        self.kind = (self.k, self.nucleus, *self.names, *(x.shape for x in self.settings))
+
+    @classmethod
+    def of_slots(cls, slots: list[Completion | None], device: torch.device) -> "Sampler":
+        """For completions that run; None is an idle slot."""
+        rows = [c and replace(c.request, prompt_ids=c.ids) for c in slots]
+        return cls(rows, device)
+
+    def read(self, tokens_BT: Tensor, pos_BT: Tensor) -> None:
+        """Tokens are fed at those positions, which a text may end before: drafts go on."""
+        if "text" in self.names:
+            text_BL = self.settings[self.names.index("text")]
+            text_BL.scatter_(1, pos_BT.clamp(max=text_BL.shape[1] - 1), tokens_BT)
+
+    def fork(self) -> "Sampler":
+        """A sampler that may read something else from here on."""
+        if "text" not in self.names:
+            return self
+        other = copy.copy(self)
+        other.settings = [x.clone() for x in self.settings]
+        return other
 
     @staticmethod
     def settled(request: Request) -> Request:
         """Temperature 0 means the likeliest token."""
         if request.temperature > 1e-30:
             return request
-        return replace(request, temperature=1.0, top_k=1, top_p=1.0)
+        return replace(request, temperature=1.0, top_k=1, top_p=1.0, min_p=0.0)
 
     def __call__(self, logits_NV: Tensor, pos_N: Tensor, settings: list[Tensor]) -> Tensor:
         """Tokens [N] for absolute positions from fp32 logits, N / B for each row in turn: the
-        argmax of logits / temperature + Gumbel noise over the ids that top-k, then top-p keep, the
-        lowest id on a tie. `settings` are those above, or what a CUDA graph has in their place."""
-        values, ids = top(logits_NV, self.k)
-        settings = (x.repeat_interleave(len(pos_N) // len(x), 0) for x in settings)
-        temperature_N1, top_k_N1, top_p_N1, key_N2 = settings
-        scaled = (values - values[:, :1]) / temperature_N1
-        keep = torch.arange(ids.shape[1], device=ids.device) < top_k_N1
+        argmax of logits / temperature + Gumbel noise over the ids that top-k, then top-p, then
+        min-p keep, the lowest id on a tie. `settings` are those above, or what a CUDA graph has in
+        their place."""
+        each = len(pos_N) // len(settings[0])
+        settings = [x.repeat_interleave(each, 0) for x in settings]
+        row = dict(zip(self.names, settings, strict=True))
+        values, ids = top(processed(logits_NV, pos_N, row), self.k)
+        scaled = (values - values[:, :1]) / row["temperature"]
+        keep = torch.arange(ids.shape[1], device=ids.device) < row["top_k"]
         if self.nucleus:
             weight = (scaled.exp() * keep * 2.0**40).long()  # integers add up alike in any order
             upto = weight.cumsum(-1)
-            keep = keep & ((upto - weight < top_p_N1 * upto[:, -1:]) | (top_p_N1 == 1))
-        score = torch.where(keep, scaled + gumbel(key_N2, pos_N, ids), float("-inf"))
+            keep = keep & ((upto - weight < row["top_p"] * upto[:, -1:]) | (row["top_p"] == 1))
+        if "min_p" in row:
+            keep = keep & (scaled.exp() >= row["min_p"])  # the likeliest has 1 there
+        noise = gumbel(row["key"], pos_N, ids)
+        score = torch.where(keep, scaled + noise, float("-inf"))
         # No comparison with NaN holds: an id is drawn all the same, and its logprob tells of it.
         is_less = score < score.amax(-1, keepdim=True)
         return torch.where(is_less, logits_NV.shape[-1], ids).amin(-1)

@@ -79,6 +79,7 @@ FLAGS = """--device --precision --quantize --group_size --max_seq_length --promp
 --max_new_tokens --temperature --top_k --top_p --seed --num_samples --stop --ignore_eos
 --batch_size --prefill_chunk --speculate_k --draft_checkpoint_path --draft_quantize
 --prompt_lookup --profile --deterministic --json --output --score --prompts_file --interactive
+--min_p --repetition_penalty --logit_bias
 --random_weights --checkpoint_path --no_such_flag""".split()
 WORDS = [
     "",
@@ -98,6 +99,7 @@ WORDS = [
 ]
 WORDS += ["32", "cpu", "cuda", "hpu", "meta", "fp32", "fp16", "bf16", "checkpoint", "prompts.jsonl"]
 WORDS += ["checkpoint/config.json", "out.jsonl", "new.json", "/", ".", "nowhere/new", "--", "é🙂"]
+WORDS += ['{"5": -100}', '{"5": true}', '{"999999": 1}', '{"-1": 1}', "[5, 6]", "{}", "{5: 1}"]
 WORDS += ["\udcff", "9" * 30, str(2**62), str(2**63), "a" * 50_000, "-", "=", "\n", "checkpoint/x"]
 
 
@@ -299,6 +301,7 @@ def prepare(folder: Path) -> None:
     talk = [{"role": "user", "content": "dog"}, {"role": "assistant", "content": "fox"}]
     lines = [
         {"prompt": "the quick fox", "id": "a", "seed": 3, "stop": ["lazy", "dog"], "top_p": 0.9},
+        {"prompt": "the dog", "min_p": 0.1, "repetition_penalty": 1.2, "logit_bias": {"7": -2}},
         {"messages": [*talk, *talk[:1]], "temperature": 0, "max_new_tokens": 3, "top_k": 5},
     ]
     lines[1] = lines[1] if folder.name == "chat" else {"prompt": "a dog", "temperature": 0}

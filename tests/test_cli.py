@@ -174,6 +174,28 @@ BAD_FLAGS = {
     "top_k 0": ["--top_k", "0"],
     "top_k no integer": ["--top_k", "2.5"],
     "top_k too large for a tensor": ["--top_k", "1" + 30 * "0"],
+    "min_p below 0": ["--min_p", "-0.1"],
+    "min_p above 1": ["--min_p", "1.5"],
+    "min_p nan": ["--min_p", "nan"],
+    "repetition_penalty 0": ["--repetition_penalty", "0"],
+    "repetition_penalty below 0": ["--repetition_penalty", "-1.2"],
+    "repetition_penalty nan": ["--repetition_penalty", "nan"],
+    "repetition_penalty infinite": ["--repetition_penalty", "inf"],
+    "logit_bias no JSON": ["--logit_bias", "5: -100"],
+    "logit_bias of a Python": ["--logit_bias", "{5: -100}"],
+    "logit_bias a list": ["--logit_bias", "[5, 6]"],
+    "logit_bias nothing": ["--logit_bias", "null"],
+    "logit_bias of a word": ["--logit_bias", '{"the": 1}'],
+    "logit_bias of an id below 0": ["--logit_bias", '{"-1": 1}'],
+    "logit_bias of an id twice": ["--logit_bias", '{"05": 1}'],
+    "logit_bias of an id past the vocabulary": ["--logit_bias", '{"380": 1}'],
+    "logit_bias of an endless id": ["--logit_bias", '{"%s": 1}' % (5000 * "9")],
+    "logit_bias no number": ["--logit_bias", '{"5": "1"}'],
+    "logit_bias a boolean": ["--logit_bias", '{"5": true}'],
+    "logit_bias nan": ["--logit_bias", '{"5": NaN}'],
+    "logit_bias infinite": ["--logit_bias", '{"5": -Infinity}'],
+    "logit_bias past fp32": ["--logit_bias", '{"5": 1e39}'],
+    "logit_bias too deep": ["--logit_bias", 100_000 * "["],
     "batch_size 0": ["--batch_size", "0"],
     "batch_size below 0": ["--batch_size", "-3"],
     "max_new_tokens 0": ["--max_new_tokens", "0"],
@@ -214,7 +236,10 @@ def test_bad_flags(refuse, tiny, tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
     error = refuse("--checkpoint_path", tiny, *flags)
     assert not list(tmp_path.iterdir())
-    if flags[0] in ("--temperature", "--top_p", "--top_k") and len(flags[1]) < 20:
+    if flags[0] == "--logit_bias":
+        assert "logit_bias" in error and "expected" in error
+    numbers = ("--temperature", "--top_p", "--top_k", "--min_p", "--repetition_penalty")
+    if flags[0] in numbers and len(flags[1]) < 20:
         assert flags[0].lstrip("-") in error and flags[1] in error
 
 
@@ -662,6 +687,9 @@ def write_lines(path, *lines):
         ("temperature", 3.5),
         ("top_k", 1),
         ("top_p", 0.01),
+        ("min_p", 0.9),
+        ("repetition_penalty", 0.1),
+        ("logit_bias", {"40": 1e30}),
         ("seed", 9),
         ("max_new_tokens", 2),
     ],
@@ -673,7 +701,8 @@ def test_setting_of_a_line(tiny, tmp_path, capsys, setting, value):
     argv = ["--checkpoint_path", tiny, "--max_new_tokens", 8, "--ignore_eos", *FP32]
     found = texts(capsys, *argv, "--prompts_file", path)
     plain = texts(capsys, *argv, "--prompt", "the dog")[0, 0]
-    flagged = texts(capsys, *argv, "--prompt", "the dog", f"--{setting}", value)[0, 0]
+    flag = [f"--{setting}", json.dumps(value)]
+    flagged = texts(capsys, *argv, "--prompt", "the dog", *flag)[0, 0]
     assert found[0, 0] == plain
     assert found[1, 0] == flagged != plain
 
@@ -709,6 +738,24 @@ def test_stop_of_a_line(tiny, tmp_path, capsys):
         ({"top_k": 2**63}, "top_k"),
         ({"top_p": 0}, "top_p"),
         ({"top_p": 1.01}, "top_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": 1.01}, "min_p"),
+        ({"min_p": True}, "min_p"),
+        ({"min_p": math.nan}, "nan"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": -1}, "repetition_penalty"),
+        ({"repetition_penalty": False}, "repetition_penalty"),
+        ({"repetition_penalty": math.nan}, "nan"),
+        ({"repetition_penalty": math.inf}, "inf"),
+        ({"logit_bias": [[5, 1]]}, "logit_bias"),
+        ({"logit_bias": '{"5": 1}'}, "logit_bias"),
+        ({"logit_bias": {"5": True}}, "logit_bias of 5"),
+        ({"logit_bias": {"5": None}}, "logit_bias of 5"),
+        ({"logit_bias": {"5": math.nan}}, "nan"),
+        ({"logit_bias": {"380": 1}}, "380"),
+        ({"logit_bias": {"-1": 1}}, "-1"),
+        ({"logit_bias": {"": 1}}, "''"),
+        ({"logit_bias": {"five": 1}}, "five"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"seed": 1.0}, "seed"),
         ({"stop": ""}, "stop"),
@@ -1225,9 +1272,10 @@ def test_a_run_imports_no_compiler(tiny):
 
 
 FLAGS = """checkpoint_path device precision quantize group_size random_weights prompt prompts_file
-chat system interactive score max_new_tokens temperature top_k top_p seed num_samples stop
-ignore_eos batch_size prefill_chunk speculate_k draft_checkpoint_path draft_quantize prompt_lookup
-compile compile_prefill profile deterministic json output""".split()
+chat system interactive score max_new_tokens temperature top_k top_p min_p repetition_penalty
+logit_bias seed num_samples stop ignore_eos batch_size prefill_chunk speculate_k
+draft_checkpoint_path draft_quantize prompt_lookup compile compile_prefill profile deterministic
+json output""".split()
 
 
 def test_help(capsys):

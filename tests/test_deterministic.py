@@ -1157,7 +1157,7 @@ def test_compiled_equals_eager(dynamo, tmp_path, capsys):
     """The same lines, logprobs and all, from graphs."""
     tiny = write_checkpoint(tmp_path, num_hidden_layers=1, intermediate_size=128)
     flags = [word for n in (1, 9, 40, 70) for word in ("--prompt", n)]
-    flags += ["--max_new_tokens", 5, "--ignore_eos"]
+    flags += ["--max_new_tokens", 5, "--ignore_eos", "--repetition_penalty", 1.3, "--min_p", 0.01]
     want, _ = lines_of(capsys, tiny, "--deterministic", *flags)
     graphs = ["--compile", "--compile_prefill", "--batch_size", 3]
     assert lines_of(capsys, tiny, "--deterministic", *flags, *graphs)[0] == want

@@ -222,8 +222,12 @@ class WholeCache(Fast):
         return super().mask(mask_mod, pos_BT, 192, heads_GR, dtype)
 
 
+PENALIZED = {"repetition_penalty": 1.5, "logit_bias": {7: 3.0, 300: -9.0}, "min_p": 0.1}
+
+
+@pytest.mark.parametrize("some", [{}, PENALIZED], ids=["plain", "some penalized"])
 @pytest.mark.parametrize("broken", [False, True], ids=["right", "inputs not refreshed"])
-def test_graphed_steps(tiny, monkeypatch, broken):
+def test_graphed_steps(tiny, monkeypatch, broken, some):
     """Steps that are recorded once and replayed give what is given without: all that changes is
     among their inputs. Control: a graph whose inputs are not refreshed."""
     model, tokenizer = tiny
@@ -246,12 +250,13 @@ def test_graphed_steps(tiny, monkeypatch, broken):
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
     requests = [replace(r, top_k=5 + 2 * (r.id % 2)) for r in mixed_requests(12)]
+    requests = [replace(r, **some if r.id % 3 else {}) for r in requests]
     want = tokens_of(Engine(model, tokenizer, 3, 128), requests)
     monkeypatch.setattr(model, "ops", WholeCache())
     monkeypatch.setattr(model, "graphed", True)
     engine = Engine(model, tokenizer, 3, 128)
     got = tokens_of(engine, requests)
-    assert len(recorded) == len(engine.graphs) <= 4 < engine.stats.steps
+    assert len(recorded) == len(engine.graphs) <= (8 if some else 4) < engine.stats.steps
     assert (got == want) is not broken
 
 

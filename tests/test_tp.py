@@ -85,6 +85,7 @@ def requests():
     """Three prompts of different lengths and contents, greedy and sampled."""
     generator = torch.Generator().manual_seed(0)
     options = [{"temperature": 0.0}, {"seed": 7}, {"top_k": 50, "top_p": 0.9}]
+    options[2] |= {"repetition_penalty": 1.2, "min_p": 0.01, "logit_bias": {3: 1.5}}
     asked = []
     for i, length in enumerate((3, 70, 9)):
         ids = torch.randint(VOCAB, (length,), generator=generator).tolist()
