@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from scripts import templates
 from scripts.files import Refusal, read_stream, refusing
 from scripts.requests import RANGES, Request, RequestMaker, check_range, message
 
@@ -16,6 +17,7 @@ LINE_TYPES = {
     "prompt": [str],
     "messages": [list],
     "system": [str],
+    "template_args": [dict],
     "id": [str, int],
     "seed": [int],
     "max_new_tokens": [int],
@@ -90,8 +92,10 @@ def read_entry(given: dict, maker: RequestMaker) -> dict:
     entry = dict(given)
     if "stop" in given:
         entry["stop"] = read_stop(given["stop"])
-    if not maker.chat and given.keys() & {"messages", "system"}:
-        raise Refusal("messages and system need --chat")
+    with refusing("template_args", Refusal):
+        templates.check_arguments(given.get("template_args", {}))
+    if not maker.chat and given.keys() & {"messages", "system", "template_args"}:
+        raise Refusal("messages, system and template_args need --chat")
     if ("prompt" in given) == ("messages" in given):
         raise Refusal("expected a prompt or, with --chat, messages")
     if maker.chat:

@@ -165,6 +165,7 @@ class RequestMaker:
     vocab_size: int
     context: int  # tokens of a prompt and its completion together
     settings: dict  # fields of Request, by the flags
+    template_args: dict  # what the chat template gets
     num_samples: int = 1
     chat: bool = False  # whether the chat template goes around a prompt
     system: Sequence[dict] = ()  # the messages that a conversation begins with
@@ -178,6 +179,7 @@ class RequestMaker:
             vocab_size,
             context,
             settings=settings_of(args),
+            template_args=args.template_args or {},
             num_samples=args.num_samples,
             chat=args.chat,
             system=args.system,
@@ -194,7 +196,8 @@ class RequestMaker:
             expected = f"1 to {self.context} (context), ids below {self.vocab_size}"
             raise Refusal(f"{name}: {len(ids)} tokens, expected {expected}")
         settings = self.settings | entry
-        settings.pop("messages", None)  # which are in the ids
+        for name in ("messages", "template_args"):  # which are in the ids
+            settings.pop(name, None)
         if settings["max_new_tokens"] > room:
             say(f"warning: {name} meets the context of {self.context} after {room} new tokens")
         settings["prompt_ids"] = ids
@@ -208,7 +211,8 @@ class RequestMaker:
             return entry["prompt_ids"]
         if self.chat:
             alone = [*self.system, message("user", text)]
-            return self.tokenizer.encode_chat(entry.get("messages", alone))
+            given = self.template_args | entry.get("template_args", {})
+            return self.tokenizer.encode_chat(entry.get("messages", alone), given)
         if self.synthetic and text.isascii() and text.isdigit():
             return self.random_ids(text)
         return self.tokenizer.encode(text)
