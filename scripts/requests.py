@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from scripts.checkpoint import Refusal, progress, refusing, say
+from scripts.checkpoint import Refusal, refusing, say
+from scripts.jobs import Job
 from scripts.outputs import Output
 from scripts.tokenizer import Tokenizer
 
@@ -248,8 +249,9 @@ def resume(output: Output, requests: list[Request]) -> list[Request]:
             done[key] -= 1  # of --score, several may have one name or none
         else:
             left.append(request)
-    if len(left) < len(requests):
-        say(f"{len(requests) - len(left)} of {len(requests)} completions are in {output.path}")
+    output.done = len(requests) - len(left)
+    if output.done:
+        say(f"{output.done} of {len(requests)} completions are in {output.path}")
     return left
 
 
@@ -275,20 +277,20 @@ def write(
     logprobs. With `stream`, which needs an engine of one slot, text is printed as it comes; else a
     completion is printed when it ends. Lines of JSON go to `output` as well."""
     end = "\n\n" if len(requests) > 1 else "\n"
-    for completion, piece in engine.generate(requests):
-        is_done = completion.finish_reason is not None
-        lead = completion.request.prompt if echo_prompt else ""
-        if read := completion.request.line:
-            progress("scoring", completion.request.id, end="\r")
-            completion.logprobs = engine.score(read["prompt_ids"], read["tokens"])
-            check_numbers(completion.logprobs)
-        if is_done:
-            output.write(completion.json())
-        if stream and not as_json:
-            is_first = len(completion.tokens) <= 1
-            text = lead + piece if is_first else piece
-            print(text, end=end if is_done else "", flush=True)
-        elif is_done and as_json:
-            print(completion.json(), flush=True)
-        elif is_done:
-            print(lead + completion.text, end=end, flush=True)
+    with Job(requests, output.done, stream and not as_json) as job:
+        for completion, piece in job.watch(engine.generate(requests)):
+            is_done = completion.finish_reason is not None
+            lead = completion.request.prompt if echo_prompt else ""
+            if read := completion.request.line:
+                completion.logprobs = engine.score(read["prompt_ids"], read["tokens"])
+                check_numbers(completion.logprobs)
+            if is_done:
+                output.write(completion.json())
+            if stream and not as_json:
+                is_first = len(completion.tokens) <= 1
+                text = lead + piece if is_first else piece
+                job.print(text, end if is_done else "")
+            elif is_done and as_json:
+                job.print(completion.json())
+            elif is_done:
+                job.print(lead + completion.text, end)
