@@ -49,7 +49,9 @@ class Job:
         for completion, piece in steps:
             yield completion, piece
             self.count(completion)
-            if time.monotonic() - self.shown >= PERIOD:
+            now = time.monotonic()
+            if now - self.shown >= PERIOD:
+                self.shown = now
                 self.write(self.state())
 
     def count(self, completion) -> None:
@@ -84,8 +86,6 @@ class Job:
         except OSError:  # the terminal is gone, and the job goes on
             self.is_shown = False
         self.length = len(line)
-        if line:
-            self.shown = time.monotonic()
 
     def speed(self) -> float:
         """Tokens a second."""

@@ -79,7 +79,7 @@ FLAGS = """--device --precision --quantize --group_size --max_seq_length --promp
 --max_new_tokens --temperature --top_k --top_p --seed --num_samples --stop --ignore_eos
 --batch_size --prefill_chunk --speculate_k --draft_checkpoint_path --draft_quantize
 --prompt_lookup --profile --deterministic --json --output --score --prompts_file --interactive
---random_weights --checkpoint_path --no_such_flag""".split()
+--random_weights --checkpoint_path --template_args --no_such_flag""".split()
 WORDS = [
     "",
     "0",
@@ -98,6 +98,7 @@ WORDS = [
 ]
 WORDS += ["32", "cpu", "cuda", "hpu", "meta", "fp32", "fp16", "bf16", "checkpoint", "prompts.jsonl"]
 WORDS += ["checkpoint/config.json", "out.jsonl", "new.json", "/", ".", "nowhere/new", "--", "é🙂"]
+WORDS += ['{"tools": [{"a": 1}], "b": null}', '{"chat_template": "rag"}', '{"a": NaN}', "[]"]
 WORDS += ["\udcff", "9" * 30, str(2**62), str(2**63), "a" * 50_000, "-", "=", "\n", "checkpoint/x"]
 
 
@@ -301,6 +302,7 @@ def prepare(folder: Path) -> None:
         {"prompt": "the quick fox", "id": "a", "seed": 3, "stop": ["lazy", "dog"], "top_p": 0.9},
         {"messages": [*talk, *talk[:1]], "temperature": 0, "max_new_tokens": 3, "top_k": 5},
     ]
+    lines[1]["template_args"] = {"tools": [{"name": "f"}], "a": {"b": [1, "x"]}}
     lines[1] = lines[1] if folder.name == "chat" else {"prompt": "a dog", "temperature": 0}
     text = "".join(f"{json.dumps(line)}\n" for line in lines)
     if folder.name == "pieces":
