@@ -48,7 +48,7 @@ def answer(engine, history: list[dict], line: str, maker: RequestMaker) -> list[
     text = ""
     with contextlib.suppress(KeyboardInterrupt):
         try:
-            ids = maker.tokenizer.encode_chat(turns)
+            ids = maker.tokenizer.encode_chat(turns, maker.template_args)
             if len(ids) > maker.context:
                 raise TooLong(f"{len(ids)} tokens do not fit the context of {maker.context}")
         except TooLong as error:  # no reason to lose the conversation

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts import defaults, download, interrupts, outputs
+from scripts import defaults, download, interrupts, outputs, templates
 from scripts.checkpoint import Refusal, is_first_rank, progress
 from scripts.checkpoint import say as say  # others know it as cli.say
 from scripts.defaults import COUNT, INFINITY, check_range
@@ -116,6 +116,8 @@ def add_request_flags(parser: Parser) -> None:
     parser.switch("--chat", "apply the checkpoint's chat template")
     text = "prompt of a chat"
     parser.add("--system", type=system_messages, default=[], metavar="TEXT", help=text)
+    text = "of the template: its variables, tools, documents; chat_template: which of several"
+    parser.add("--template_args", type=templates.typed_arguments, metavar="JSON", help=text)
     parser.switch("--interactive", "a conversation in the terminal: /clear, /exit")
     parser.path("--score", "FILE.jsonl", "print such lines again, logprobs recomputed by prefill")
 
@@ -179,8 +181,10 @@ def check_exclusions(args: argparse.Namespace) -> None:
         for other in others:
             if getattr(args, flag) and getattr(args, other):
                 raise Refusal(f"--{flag} excludes --{other}")
-    if args.system and not (args.chat or args.interactive):
-        raise Refusal("--system needs --chat or --interactive")
+    of_chats = {"system": args.system, "template_args": args.template_args is not None}
+    for flag, is_given in of_chats.items():
+        if is_given and not (args.chat or args.interactive):
+            raise Refusal(f"--{flag} needs --chat or --interactive")
     if "" in args.stop:
         raise Refusal("expected some text after --stop")
 

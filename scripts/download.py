@@ -38,6 +38,8 @@ HUB_SECONDS = 30  # for an answer of the hub, before files come
 NOTES_BYTES = 1 << 26  # more than the hub's package writes beside the files
 # Pickles are left out: they may hold code.
 HUB_FILES = ["model*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template*"]
+HUB_FILES += ["additional_chat_templates/*.jinja"]
+OTHER_FILES = "*/*[!a]"  # all in folders but those
 # What a GGUF calls things and Hugging Face does, and the settings that are the same in all of them.
 GGUF = json.loads((Path(__file__).parent / "configs" / "gguf.json").read_text(encoding="utf-8"))
 CONTROL_TOKEN = 3  # in tokenizer.ggml.token_type
@@ -280,7 +282,7 @@ def look_up(repository: str) -> tuple[str, float]:
 def take_snapshot(repository: str, revision: str, directory: Path) -> None:
     from huggingface_hub import snapshot_download
 
-    patterns = {"allow_patterns": HUB_FILES, "ignore_patterns": "*/*"}
+    patterns = {"allow_patterns": HUB_FILES, "ignore_patterns": OTHER_FILES}
     with of_sense():
         snapshot_download(repository, revision=revision, local_dir=directory, **patterns)
 
@@ -295,7 +297,7 @@ def check_files(directory: Path) -> None:
     """Raise Refusal for a file that is not what its name says: some proxies send a page of their
     own in place of it."""
     wrong = (OSError, ValueError, RecursionError, SafetensorError)
-    for path in directory.iterdir():
+    for path in filter(Path.is_file, directory.rglob("*")):
         try:
             check_file(path)
         except wrong as error:

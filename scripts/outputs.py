@@ -49,6 +49,7 @@ class Output:
         self.path = path
         self.name = f"{name} {path}"
         self.file = None
+        self.done = 0  # of what is asked for, what it had at first
         self.is_pipe = False
         if path is None:
             return

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from scripts import templates
 from scripts.defaults import RANGES, check_bias, check_range, read_bias
 from scripts.files import Refusal, read_stream, refusing
 from scripts.requests import Request, RequestMaker, message
@@ -17,6 +18,7 @@ LINE_TYPES = {
     "prompt": [str],
     "messages": [list],
     "system": [str],
+    "template_args": [dict],
     "id": [str, int],
     "seed": [int],
     "max_new_tokens": [int],
@@ -97,8 +99,10 @@ def read_entry(given: dict, maker: RequestMaker) -> dict:
     if "logit_bias" in given:
         entry["logit_bias"] = read_bias(given["logit_bias"])
         check_bias(entry["logit_bias"], maker.vocab_size)
-    if not maker.chat and given.keys() & {"messages", "system"}:
-        raise Refusal("messages and system need --chat")
+    with refusing("template_args", Refusal):
+        templates.check_arguments(given.get("template_args", {}))
+    if not maker.chat and given.keys() & {"messages", "system", "template_args"}:
+        raise Refusal("messages, system and template_args need --chat")
     if ("prompt" in given) == ("messages" in given):
         raise Refusal("expected a prompt or, with --chat, messages")
     if maker.chat:

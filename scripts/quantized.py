@@ -81,10 +81,12 @@ def stored_tensors(layer: Layer, name: str, tensor: torch.Tensor) -> dict[str, t
 
 def copy_files(source: Path, work: Path) -> None:
     """Those beside the weights: what is in them, for they may be closed to writing."""
-    for kind in ("json", "jinja", "model", "txt"):
-        for path in source.glob(f"*.{kind}"):
+    for pattern in ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja"):
+        for path in source.glob(pattern):
             if path.name not in ("config.json", checkpoint.INDEX) and path.is_file():
-                shutil.copyfile(path, work / path.name)
+                copy = work / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
 
 
 def write_config(source: Path, work: Path, config: ModelConfig) -> None:

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from scripts.checkpoint import Refusal, progress, refusing, say
+from scripts.checkpoint import Refusal, refusing, say
 from scripts.defaults import check_bias
+from scripts.jobs import Job
 from scripts.outputs import Output
 from scripts.tokenizer import Tokenizer
 
@@ -154,6 +155,7 @@ class RequestMaker:
     vocab_size: int
     context: int  # tokens of a prompt and its completion together
     settings: dict  # fields of Request, by the flags
+    template_args: dict  # what the chat template gets
     num_samples: int = 1
     chat: bool = False  # whether the chat template goes around a prompt
     system: Sequence[dict] = ()  # the messages that a conversation begins with
@@ -168,6 +170,7 @@ class RequestMaker:
             vocab_size,
             context,
             settings=settings_of(args),
+            template_args=args.template_args or {},
             num_samples=args.num_samples,
             chat=args.chat,
             system=args.system,
@@ -184,7 +187,8 @@ class RequestMaker:
             expected = f"1 to {self.context} (context), ids below {self.vocab_size}"
             raise Refusal(f"{name}: {len(ids)} tokens, expected {expected}")
         settings = self.settings | entry
-        settings.pop("messages", None)  # which are in the ids
+        for name in ("messages", "template_args"):  # which are in the ids
+            settings.pop(name, None)
         if settings["max_new_tokens"] > room:
             say(f"warning: {name} meets the context of {self.context} after {room} new tokens")
         settings["prompt_ids"] = ids
@@ -198,7 +202,8 @@ class RequestMaker:
             return entry["prompt_ids"]
         if self.chat:
             alone = [*self.system, message("user", text)]
-            return self.tokenizer.encode_chat(entry.get("messages", alone))
+            given = self.template_args | entry.get("template_args", {})
+            return self.tokenizer.encode_chat(entry.get("messages", alone), given)
         if self.synthetic and text.isascii() and text.isdigit():
             return self.random_ids(text)
         return self.tokenizer.encode(text)
@@ -234,8 +239,9 @@ def resume(output: Output, requests: list[Request]) -> list[Request]:
             done[key] -= 1  # of --score, several may have one name or none
         else:
             left.append(request)
-    if len(left) < len(requests):
-        say(f"{len(requests) - len(left)} of {len(requests)} completions are in {output.path}")
+    output.done = len(requests) - len(left)
+    if output.done:
+        say(f"{output.done} of {len(requests)} completions are in {output.path}")
     return left
 
 
@@ -261,20 +267,20 @@ def write(
     logprobs. With `stream`, which needs an engine of one slot, text is printed as it comes; else a
     completion is printed when it ends. Lines of JSON go to `output` as well."""
     end = "\n\n" if len(requests) > 1 else "\n"
-    for completion, piece in engine.generate(requests):
-        is_done = completion.finish_reason is not None
-        lead = completion.request.prompt if echo_prompt else ""
-        if read := completion.request.line:
-            progress("scoring", completion.request.id, end="\r")
-            completion.logprobs = engine.score(read["prompt_ids"], read["tokens"])
-            check_numbers(completion.logprobs)
-        if is_done:
-            output.write(completion.json())
-        if stream and not as_json:
-            is_first = len(completion.tokens) <= 1
-            text = lead + piece if is_first else piece
-            print(text, end=end if is_done else "", flush=True)
-        elif is_done and as_json:
-            print(completion.json(), flush=True)
-        elif is_done:
-            print(lead + completion.text, end=end, flush=True)
+    with Job(requests, output.done, stream and not as_json) as job:
+        for completion, piece in job.watch(engine.generate(requests)):
+            is_done = completion.finish_reason is not None
+            lead = completion.request.prompt if echo_prompt else ""
+            if read := completion.request.line:
+                completion.logprobs = engine.score(read["prompt_ids"], read["tokens"])
+                check_numbers(completion.logprobs)
+            if is_done:
+                output.write(completion.json())
+            if stream and not as_json:
+                is_first = len(completion.tokens) <= 1
+                text = lead + piece if is_first else piece
+                job.print(text, end if is_done else "")
+            elif is_done and as_json:
+                job.print(completion.json())
+            elif is_done:
+                job.print(lead + completion.text, end)

@@ -39,15 +39,11 @@ def compiled(template: str) -> Template:
     return sandbox.from_string(template)
 
 
-def render(template: str, messages: list[dict], tokens: dict[str, str]) -> str:
+def render(template: str, messages: list[dict], variables: dict) -> str:
     """The text of a conversation, with all that transformers gives to a template."""
-    return compiled(template).render(
-        messages=[whole_message(m) for m in messages],
-        tools=None,
-        documents=None,
-        add_generation_prompt=True,
-        **tokens,
-    )
+    given = {"tools": None, "documents": None, "add_generation_prompt": True} | variables
+    given["messages"] = [whole_message(m) for m in messages]
+    return compiled(template).render(given)
 
 
 def whole_message(message: dict) -> dict:

@@ -80,11 +80,11 @@ class Tokenizer:
                 raise TooLong(f"a text of {len(text)} characters is too long, {expected}")
             length *= 4
 
-    def encode_chat(self, messages: list[dict]) -> list[int]:
-        """The ids of a conversation by the checkpoint's template, ready for the next answer. Raises
-        Refusal for whatever a template can do wrong."""
+    def encode_chat(self, messages: list[dict], arguments: dict | None = None) -> list[int]:
+        """The ids of a conversation by the checkpoint's template, ready for the next answer, where
+        a user gives `arguments` to the template. Raises Refusal for what that can do wrong."""
         with refusing("the chat template failed", Exception):
-            text = templates.render(self.template, messages, self.kind.named)
+            text = templates.render(self.template, messages, self.kind.named, arguments)
         if self.context:
             self.check_length(text, self.context, bos=False)
         with refusing("the chat template failed", Exception):

@@ -79,7 +79,7 @@ FLAGS = """--device --precision --quantize --group_size --max_seq_length --promp
 --max_new_tokens --temperature --top_k --top_p --seed --num_samples --stop --ignore_eos
 --batch_size --prefill_chunk --speculate_k --draft_checkpoint_path --draft_quantize
 --prompt_lookup --profile --deterministic --json --output --score --prompts_file --interactive
---min_p --repetition_penalty --logit_bias
+--min_p --repetition_penalty --logit_bias --template_args
 --random_weights --checkpoint_path --no_such_flag""".split()
 WORDS = [
     "",
@@ -100,6 +100,7 @@ WORDS = [
 WORDS += ["32", "cpu", "cuda", "hpu", "meta", "fp32", "fp16", "bf16", "checkpoint", "prompts.jsonl"]
 WORDS += ["checkpoint/config.json", "out.jsonl", "new.json", "/", ".", "nowhere/new", "--", "é🙂"]
 WORDS += ['{"5": -100}', '{"5": true}', '{"999999": 1}', '{"-1": 1}', "[5, 6]", "{}", "{5: 1}"]
+WORDS += ['{"tools": [{"a": 1}], "b": null}', '{"chat_template": "rag"}', '{"a": NaN}', "[]"]
 WORDS += ["\udcff", "9" * 30, str(2**62), str(2**63), "a" * 50_000, "-", "=", "\n", "checkpoint/x"]
 
 
@@ -304,7 +305,8 @@ def prepare(folder: Path) -> None:
         {"prompt": "the dog", "min_p": 0.1, "repetition_penalty": 1.2, "logit_bias": {"7": -2}},
         {"messages": [*talk, *talk[:1]], "temperature": 0, "max_new_tokens": 3, "top_k": 5},
     ]
-    lines[1] = lines[1] if folder.name == "chat" else {"prompt": "a dog", "temperature": 0}
+    lines[-1]["template_args"] = {"tools": [{"name": "f"}], "a": {"b": [1, "x"]}}
+    lines[-1] = lines[-1] if folder.name == "chat" else {"prompt": "a dog", "temperature": 0}
     text = "".join(f"{json.dumps(line)}\n" for line in lines)
     if folder.name == "pieces":
         (folder / "checkpoint" / "tokenizer.json").unlink()

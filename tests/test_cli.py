@@ -1272,8 +1272,8 @@ def test_a_run_imports_no_compiler(tiny):
 
 
 FLAGS = """checkpoint_path device precision quantize group_size random_weights prompt prompts_file
-chat system interactive score max_new_tokens temperature top_k top_p min_p repetition_penalty
-logit_bias seed num_samples stop ignore_eos batch_size prefill_chunk speculate_k
+chat system template_args interactive score max_new_tokens temperature top_k top_p min_p
+repetition_penalty logit_bias seed num_samples stop ignore_eos batch_size prefill_chunk speculate_k
 draft_checkpoint_path draft_quantize prompt_lookup compile compile_prefill profile deterministic
 json output""".split()
 

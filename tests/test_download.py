@@ -464,6 +464,7 @@ def fake_hub(monkeypatch, names, **contents):
             allowed = any(fnmatch(name, pattern) for pattern in allow_patterns)
             if allowed and not fnmatch(name, ignore_patterns):
                 path = Path(local_dir) / name
+                path.parent.mkdir(exist_ok=True)
                 path.write_bytes(known.get(path.suffix, known[""]))
 
     hub = types.SimpleNamespace(snapshot_download=snapshot_download, HfApi=HfApi)
@@ -472,17 +473,21 @@ def fake_hub(monkeypatch, names, **contents):
 
 WANTED = """config.json generation_config.json tokenizer.json tokenizer_config.json tokenizer.model
 chat_template.jinja model-00001-of-00002.safetensors model-00002-of-00002.safetensors
-model.safetensors.index.json special_tokens_map.json""".split()
+model.safetensors.index.json special_tokens_map.json
+additional_chat_templates/tool_use.jinja""".split()
 UNWANTED = """pytorch_model.bin original/consolidated.00.pth consolidated.safetensors
-onnx/model.onnx README.md model.py onnx/config.json training_args.bin""".split()
+onnx/model.onnx README.md model.py onnx/config.json training_args.bin onnx/chat_template.jinja
+additional_chat_templates/config.json old/additional_chat_templates/rag.jinja""".split()
 
 
 def test_hub(tmp_path, monkeypatch):
     """Weights as safetensors, settings and tokenizer; no pickles, no second copies, no other
     formats."""
     fake_hub(monkeypatch, WANTED + UNWANTED)
-    download.fetch(tmp_path / "model", "org/name")
-    assert sorted(os.listdir(tmp_path / "model")) == sorted(WANTED)
+    out = tmp_path / "model"
+    download.fetch(out, "org/name")
+    found = [str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()]
+    assert sorted(found) == sorted(WANTED)
 
 
 def test_hub_without_safetensors(tmp_path, monkeypatch, capsys):

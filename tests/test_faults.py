@@ -250,7 +250,7 @@ def test_a_text_that_fits_is_not_refused(tiny):
 
 def test_a_conversation_goes_on_after_a_long_line(tiny, capsys):
     engine = SimpleNamespace(length=CONTEXT)
-    maker = SimpleNamespace(tokenizer=Tokenizer(tiny), context=CONTEXT)
+    maker = SimpleNamespace(tokenizer=Tokenizer(tiny), context=CONTEXT, template_args={})
     assert chat.answer(engine, FOX, 1_000_000 * "fox ", maker) == FOX
     assert "is too long" in (error := capsys.readouterr().err) and "/clear starts over" in error
     assert chat.answer(engine, FOX, 300 * "fox ", maker) == FOX

@@ -732,7 +732,9 @@ def test_files_that_are_closed_to_writing_are_copied(open_folder):
     path = directory(open_folder / "m")
     (path / "tokenizer.json").write_text("{}")
     (path / "chat_template.jinja").write_text("hello")
-    for file in path.iterdir():
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "rag.jinja").write_text("pages")
+    for file in filter(Path.is_file, path.rglob("*")):
         file.chmod(0o444)
     (path / "folder.json").mkdir()
     (path / "link.json").symlink_to("nothing")
@@ -743,6 +745,8 @@ def test_files_that_are_closed_to_writing_are_copied(open_folder):
     assert ran.returncode == 0, ran.stderr
     names = {file.name: file for file in (open_folder / "m-int8").iterdir()}
     others = {"config.json", "tokenizer.json", "chat_template.jinja"}
+    folder = names.pop("additional_chat_templates")
+    assert (folder / "rag.jinja").read_text() == "pages"
     assert names.keys() == others | {"model-00000.safetensors"}
     assert names["chat_template.jinja"].read_text() == "hello"
 
