@@ -68,7 +68,8 @@ SETTINGS = {  # that a config.json may have beside those that it has
     "original_max_position_embeddings": 64,
     "quantization": {"bits": 4},
 }
-FAMILIES = "Llama Mistral Mixtral Qwen2 Qwen3 Qwen3Moe Gpt9".split()
+FAMILIES = """Llama Mistral Mixtral Qwen2 Qwen3 Qwen3Moe SmolLM3 Olmo2 Phi3 Gemma3 Granite
+Gpt9""".split()
 JSON_FILES = """config.json generation_config.json tokenizer.json tokenizer_config.json
 special_tokens_map.json added_tokens.json model.safetensors.index.json""".split()
 FRAGMENTS = """{{|}}|{%|%}|{#|for m in messages|endfor|if|endif|else|set x =|macro f(a)|endmacro
