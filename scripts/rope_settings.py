@@ -49,6 +49,8 @@ def rope_parameters(settings: dict, layers: str, head_dim: int) -> dict:
     if CONTEXT in settings:
         found[CONTEXT] = settings[CONTEXT]
     found.setdefault("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))
+    if found["rope_type"] == "yarn":
+        found = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True} | found
     if found["rope_type"] in ("yarn", "longrope"):
         longest = settings["max_position_embeddings"]
         original = number(CONTEXT, found.setdefault(CONTEXT, longest))

@@ -31,24 +31,22 @@ def yarn(config: ModelConfig, rope: dict) -> Frequencies:
     """Pairs that turn often within the original context keep their frequency, those that turn
     seldom are divided, and between the two it changes pair by pair (Peng et al. 2023)."""
     freq, _ = frequencies(config, rope)
-    first = turning(config, rope, rope.get("beta_fast", 32))
-    last = turning(config, rope, rope.get("beta_slow", 1))
-    if rope.get("truncate", True):
+    size = int(config.head_dim * rope["partial_rotary_factor"])
+    first = size * turning(rope, rope["beta_fast"])
+    last = size * turning(rope, rope["beta_slow"])
+    if rope["truncate"]:
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, rotated_size(config, rope) - 1)
+    first, last = max(first, 0), min(last, size - 1)
     width = last - first or 0.001
     divide = ((torch.arange(len(freq)) - first) / width).clamp(0, 1)
     return (1 - divide) * freq + divide * freq / rope["factor"], yarn_attention(rope)
 
 
-def turning(config: ModelConfig, rope: dict, turns: float) -> float:
-    """The number of the pair that turns so often within the original context."""
+def turning(rope: dict, turns: float) -> float:
+    """The number of the pair that turns so often within the original context, over that of the
+    numbers in all pairs."""
     wavelength = rope["original_max_position_embeddings"] / (2 * math.pi * turns)
-    return rotated_size(config, rope) * math.log(wavelength) / (2 * math.log(rope["rope_theta"]))
-
-
-def rotated_size(config: ModelConfig, rope: dict) -> int:
-    return int(config.head_dim * rope.get("partial_rotary_factor", 1))
+    return math.log(wavelength) / (2 * math.log(rope["rope_theta"]))
 
 
 def yarn_attention(rope: dict) -> float:

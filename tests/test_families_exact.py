@@ -1,5 +1,5 @@
-"""What --deterministic promises, for the families of scripts/families.py: the same bits in chunks, in
-batches, with drafts, at two ranks and compiled. Mixtures of experts have test_mixture.py."""
+"""What --deterministic promises, for the families of test_families.py: the same bits in chunks, in
+batches, with drafts, at two ranks and compiled."""
 
 from pathlib import Path
 
