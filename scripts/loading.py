@@ -10,12 +10,13 @@ import torch
 
 import quantize
 import scripts.families  # noqa: F401  (it enters them into FAMILIES)
-import scripts.ropes  # noqa: F401  (and these into ROPES)
 import tp
 from kernels import BATCH_INVARIANT, FAST, InputError
-from model import FAMILIES, ROPES, ModelConfig, Transformer, rope_table
-from scripts import checkpoint, cli, download, drafts, machine, rope_settings, settings
+from model import FAMILIES, ModelConfig, Transformer, rope_table
+from scripts import checkpoint, cli, download, drafts, machine, settings
 from scripts.ranks import together
+from scripts.rope_settings import places, rope_parameters, rope_type
+from scripts.ropes import ROPES
 from scripts.tokenizer import Tokenizer
 
 SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
@@ -206,15 +207,14 @@ def sizes(given: dict) -> dict[str, int]:
 def ropes(given: dict, windows: list[int | None], head_dim: int) -> dict[int | None, dict]:
     """As ModelConfig has them. A kind that is not supported is refused wherever it stands."""
     partial = "partial_rotary_factor" in settings.FAMILY_DEFAULTS.get(given["architecture"], {})
-    places = rope_settings.places(given)
-    for rope in places:
-        one_of("rope_type", rope_settings.rope_type(given, rope), list(ROPES))
-    for rope in [given, *places]:
+    for rope in places(given):
+        one_of("rope_type", rope_type(given, rope), list(ROPES))
+    for rope in [given, *places(given)]:
         if not partial:
             one_of("partial_rotary_factor", rope.get("partial_rotary_factor"), [None, 1])
     found = {}
     for window in windows:
         layers = "full_attention" if window is None else "sliding_attention"
         if window not in found:
-            found[window] = rope_settings.rope_parameters(given, layers, head_dim)
+            found[window] = rope_parameters(given, layers, head_dim)
     return found
