@@ -22,7 +22,7 @@ def llama3(config: ModelConfig, rope: dict) -> Frequencies:
     """Long wavelengths are divided, short ones kept, those between blended (Llama 3.1)."""
     freq, one = frequencies(config, rope)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)
+    turns = rope["original_max_position_embeddings"] / (2 * math.pi / freq)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * freq + (1 - keep) * freq / rope["factor"], one
 
@@ -30,16 +30,23 @@ def llama3(config: ModelConfig, rope: dict) -> Frequencies:
 def yarn(config: ModelConfig, rope: dict) -> Frequencies:
     """Pairs that turn often within the original context keep their frequency, those that turn
     seldom are divided, and between the two it changes pair by pair (Peng et al. 2023)."""
-    freq, _ = frequencies(config, rope)
-    size = int(config.head_dim * rope["partial_rotary_factor"])
+    size, periods = size_and_periods(config, rope)
     first = size * turning(rope, rope["beta_fast"])
     last = size * turning(rope, rope["beta_slow"])
     if rope["truncate"]:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, size - 1)
     width = last - first or 0.001
-    divide = ((torch.arange(len(freq)) - first) / width).clamp(0, 1)
-    return (1 - divide) * freq + divide * freq / rope["factor"], yarn_attention(rope)
+    keep = 1 - ((torch.arange(len(periods)) - first) / width).clamp(0, 1)
+    freq = keep * (1 / periods) + (1 - keep) * (1 / (rope["factor"] * periods))
+    return freq, yarn_attention(rope)
+
+
+def size_and_periods(config: ModelConfig, rope: dict) -> tuple[int, Tensor]:
+    """How many numbers of a head are rotated, and of their pairs 1 over the frequency. What is
+    divided is multiplied here, so that it is rounded as elsewhere: far into a text, that shows."""
+    size = int(config.head_dim * rope["partial_rotary_factor"])
+    return size, rope["rope_theta"] ** (torch.arange(0, size, 2) / size)
 
 
 def turning(rope: dict, turns: float) -> float:
@@ -66,12 +73,12 @@ def longrope(config: ModelConfig, rope: dict) -> Frequencies:
     where the context that the config states is longer than the original, else the short one. So a
     short text in a long context has the long one as well. (transformers takes the short one until
     a text is longer than the original context, and then the long one for all of it.)"""
-    freq, _ = frequencies(config, rope)
+    _, periods = size_and_periods(config, rope)
     original = rope["original_max_position_embeddings"]
     name = "long_factor" if config.max_position_embeddings > original else "short_factor"
     growth = math.log(max(rope["factor"], 1))
     attention = math.sqrt(1 + growth / math.log(original))
-    return freq / torch.tensor(rope[name]), rope.get("attention_factor", attention)
+    return 1 / (torch.tensor(rope[name]) * periods), rope.get("attention_factor", attention)
 
 
 # Within the context that a config states, dynamic NTK changes nothing.
