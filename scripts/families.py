@@ -111,9 +111,9 @@ class Olmo2Block(Block):
     def __init__(self, model, index: int):
         super().__init__(model, index)
         config, attn = model.config, f"model.layers.{index}.self_attn"
-        D, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
-        self.q_norm = RMSNorm(model, f"{attn}.q_norm", heads * D)
-        self.k_norm = RMSNorm(model, f"{attn}.k_norm", kv_heads * D)
+        q, kv = config.num_attention_heads, config.num_key_value_heads
+        self.q_norm = RMSNorm(model, f"{attn}.q_norm", q * config.head_dim)
+        self.k_norm = RMSNorm(model, f"{attn}.k_norm", kv * config.head_dim)
 
     def forward(self, x: Tensor, *view) -> Tensor:
         x = x + self.attention_norm(self.attend(x.to(self.dtype), *view))
