@@ -2,7 +2,6 @@
 Letters in names are dimensions: B rows of a batch, T new tokens, D head_dim, H query heads, G KV
 heads, V vocabulary, N x K a weight."""
 
-import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,12 +12,6 @@ import tp
 from kernels import Fast, InputError, causal, leaf_count, sliding_window
 
 KVCache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, G, length, head_dim]
-
-ROPE_SETTINGS = {  # by rope_type, those that change the frequencies
-    "default": [],
-    "linear": ["factor"],
-    "llama3": ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"],
-}
 
 
 @dataclass(frozen=True)
@@ -35,8 +28,8 @@ class ModelConfig:
     intermediate_size: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope_parameters: dict  # rope_theta, rope_type and what ROPE_SETTINGS names for it
     windows: list[int | None]  # each layer's sliding window, None where attention is full
+    ropes: dict[int | None, dict]  # by window: rope_type, rope_theta and what else that kind takes
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     attention_bias: bool = False  # of the output projection
@@ -48,44 +41,39 @@ class ModelConfig:
     settings: dict = field(default_factory=dict)  # all of config.json, for what is not named here
 
 
-def rope_table(config: ModelConfig, length: int) -> Tensor:
-    """cos and sin by position and frequency, fp32 [length, 2, head_dim / 2] (RoFormer, eq. 34).
-    "linear" divides the frequencies; "llama3" (Llama 3.1) divides the long wavelengths, keeps the
-    short and blends those between."""
-    rope = config.rope_parameters
-    if rope["rope_type"] not in ROPE_SETTINGS:
-        choices = ", ".join(ROPE_SETTINGS)
-        raise InputError(f"rope_type {rope['rope_type']} is not supported, choose from {choices}")
-    settings = [float(rope[name]) for name in ROPE_SETTINGS[rope["rope_type"]]]
-    neutral = [1.0, 0.0, 1.0, 0.0]
-    factor, low, high, original_context = settings + neutral[len(settings) :]
-    exponents = torch.arange(0, config.head_dim, 2) / config.head_dim
-    freq = 1.0 / float(rope["rope_theta"]) ** exponents
-    turns = original_context * freq / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    freq = keep * freq + (1 - keep) * freq / factor
+def frequencies(config: ModelConfig, rope: dict) -> tuple[Tensor, float]:
+    """By how much the pairs of a head turn at each position, fp32 (RoFormer, eq. 15), and what cos
+    and sin are multiplied by."""
+    size = int(config.head_dim * rope.get("partial_rotary_factor", 1))
+    return 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2) / size), 1.0
+
+
+def rope_table(config: ModelConfig, rope: dict, length: int) -> Tensor:
+    """cos and sin by position and pair, fp32 [length, 2, pairs]."""
+    freq, factor = ROPES[rope["rope_type"]](config, rope)
     angle = torch.arange(length).float()[:, None] * freq
-    return torch.stack((angle.cos(), angle.sin()), dim=1)
+    return torch.stack((angle.cos(), angle.sin()), dim=1) * factor
 
 
 def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair (i, i + D / 2) is rotated by its angle, in fp32, and rounded once."""
-    a, b = x_BTHD.float().chunk(2, dim=-1)
+    """Each pair (i, i + pairs) is rotated by its angle, in fp32, and rounded once."""
+    pairs = cos.shape[-1]
+    a, b, rest = x_BTHD.float().tensor_split((pairs, 2 * pairs), dim=-1)
     turned_a = a * cos - b * sin
     turned_b = b * cos + a * sin
-    return torch.cat((turned_a, turned_b), dim=-1).to(x_BTHD.dtype)
+    return torch.cat((turned_a, turned_b, rest), dim=-1).to(x_BTHD.dtype)
 
 
 class Layer(nn.Module):
-    """A part of a model. Where `shapes` names checkpoint tensors, its `load` is given them all, in
-    that order, and returns the bytes that every step then reads. `ops` is looked up at each call:
-    a test may give a layer others."""
+    """A part of a model. Where `shapes` has checkpoint tensors by name, its `load` is given all, in
+    that order, and returns the bytes that every step then reads."""
 
     mode = None  # of quantization
 
-    def __init__(self, model: "Transformer", shapes: dict[str, tuple[int, ...]] | None = None):
+    def __init__(self, model: "Transformer", shapes: dict | None = None):
         super().__init__()
-        self.ops, self.config = model.ops, model.config
+        self.config = model.config
+        self.ops = model.ops  # looked up at each call: a test may give a layer others
         self.device, self.dtype = model.device, model.dtype
         self.ranks = model.ranks
         self.shapes = shapes or {}
@@ -107,8 +95,10 @@ class Linear(Layer):
         kinds = quantize.quantized(stored, torch.zeros(1, in_features), config.group_size)
         if bias:
             kinds["bias"] = torch.zeros(1)  # as of one row, like the others
-        pairs = [(name, kind) for name in outputs for kind in kinds]
-        shapes = {f"{x}.{kind}": (outputs[x], *kinds[kind].shape[1:]) for x, kind in pairs}
+        shapes = {}
+        for name, rows in outputs.items():
+            for kind, row in kinds.items():
+                shapes[f"{name}.{kind}"] = (rows, *row.shape[1:])
         super().__init__(model, shapes)
         self.mode, self.group_size = config.quantization, config.group_size
         self.kinds = list(kinds)
@@ -147,7 +137,7 @@ class Linear(Layer):
 class RMSNorm(Layer):
     """Root mean square norm over the last dimension (Zhang and Sennrich 2019)."""
 
-    def __init__(self, model: "Transformer", name: str, size: int):
+    def __init__(self, model, name: str, size: int):
         super().__init__(model, {f"{name}.weight": (size,)})
 
     def load(self, tensors: list[Tensor]) -> int:
@@ -177,7 +167,7 @@ class Embedding(Layer):
 class FeedForward(Layer):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
-    def __init__(self, model: "Transformer", gate: str, up: str, down: str, inner: int, bias: bool):
+    def __init__(self, model, gate, up, down, inner: int, bias: bool):
         super().__init__(model)
         hidden = model.config.hidden_size
         self.gate_up = Linear(model, {gate: inner, up: inner}, hidden, bias)
@@ -196,59 +186,61 @@ class Block(Layer):
 
     capturable = True  # whether a CUDA graph can hold it: nothing in it waits for the device
     rotary = True  # whether its queries and keys know of positions
+    norm, embedding = RMSNorm, Embedding  # classes, for all of the model
+    norms = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 
-    def __init__(self, model: "Transformer", index: int):
+    def __init__(self, model, index: int):
         super().__init__(model)
         config, prefix = model.config, f"model.layers.{index}"
         attn = f"{prefix}.self_attn"
         D, hidden = config.head_dim, config.hidden_size
         q, kv = config.num_attention_heads * D, config.num_key_value_heads * D
-        self.attention_norm = RMSNorm(model, f"{prefix}.input_layernorm", hidden)
+        for attribute, name in self.norms.items():
+            setattr(self, attribute, self.norm(model, f"{prefix}.{name}", hidden))
         outputs = {f"{attn}.q_proj": q, f"{attn}.k_proj": kv, f"{attn}.v_proj": kv}
         self.qkv = Linear(model, outputs, hidden, config.qkv_bias, unit=D)
         self.o = Linear(model, {f"{attn}.o_proj": hidden}, q, config.attention_bias, axis=1)
-        self.q_norm = RMSNorm(model, f"{attn}.q_norm", D) if config.qk_norm else None
-        self.k_norm = RMSNorm(model, f"{attn}.k_norm", D) if config.qk_norm else None
-        self.ffn_norm = RMSNorm(model, f"{prefix}.post_attention_layernorm", hidden)
+        self.q_norm = self.norm(model, f"{attn}.q_norm", D) if config.qk_norm else None
+        self.k_norm = self.norm(model, f"{attn}.k_norm", D) if config.qk_norm else None
         self.ffn = self.make_ffn(model, prefix)
-        self.G, self.R = model.heads.shape
+        self.scale = D**-0.5  # of attention
+        self.H, self.G = model.heads.numel(), len(model.heads)
 
-    def make_ffn(self, model: "Transformer", prefix: str) -> Layer:
+    def make_ffn(self, model, prefix: str) -> Layer:
         names = (f"{prefix}.mlp.{name}_proj" for name in ("gate", "up", "down"))
         return FeedForward(model, *names, model.config.intermediate_size, model.config.mlp_bias)
 
-    def forward(self, x, cos, sin, pos_BT, mask, k_cache, v_cache) -> Tensor:
-        """fp32 [B, T, hidden_size]."""
-        D, G = self.config.head_dim, self.G
-        H = G * self.R
-        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, D))
+    def forward(self, x: Tensor, *view) -> Tensor:
+        """fp32 [B, T, hidden_size]; `view` is what `attend` takes beside its input."""
+        x = x + self.attend(self.attention_norm(x), *view)
+        return x + self.ffn(self.ffn_norm(x))
+
+    def attend(self, x, pos_BT, cos, sin, mask, k_cache, v_cache) -> Tensor:
+        H, G = self.H, self.G
+        heads = self.qkv(x).unflatten(-1, (-1, self.config.head_dim))
         qk, v = heads.split((H + G, G), dim=2)
         if self.q_norm:
-            q, k = qk.split((H, G), dim=2)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=2)
+            parts = self.norm_heads(*qk.split((H, G), dim=2))
+            qk = torch.cat(parts, dim=2)
         if self.rotary:
             qk = rotate(qk, cos, sin)
         q, k = qk.split((H, G), dim=2)
-        y = self.ops.attention(q, k, v, k_cache, v_cache, pos_BT, mask, D**-0.5)
-        x = x + self.o(y)
-        return x + self.ffn(self.ffn_norm(x))
+        y = self.ops.attention(q, k, v, k_cache, v_cache, pos_BT, mask, self.scale)
+        return self.o(y)
+
+    def norm_heads(self, q_BTHD, k_BTGD) -> tuple[Tensor, Tensor]:
+        return self.q_norm(q_BTHD), self.k_norm(k_BTGD)
 
 
-UNBIASED = {"attention_bias": False, "mlp_bias": False}
-ALIKE = {"max_window_layers": 0, "layer_types": None}  # all layers have the window, or none
-FAMILIES = {  # by architecture: the layer, and what config.json means, whatever it says
-    "LlamaForCausalLM": (Block, {"use_sliding_window": False}),
-    "MistralForCausalLM": (Block, {"use_sliding_window": True} | UNBIASED | ALIKE),
-    "Qwen2ForCausalLM": (Block, UNBIASED | {"qkv_bias": True}),
-    "Qwen3ForCausalLM": (Block, {"qk_norm": True, "mlp_bias": False}),
-}
+ROPES = {"default": frequencies}  # by rope_type; scripts/ropes.py has more
+# By architecture: the layer, and what config.json means, whatever it says; scripts/families.py.
+FAMILIES = {"LlamaForCausalLM": (Block, {"use_sliding_window": False})}
 
 
 class Transformer(nn.Module):
-    """A decoder, empty until each of its `loaders` is given its tensors; one of the `ranks` that
-    share it."""
+    """A decoder, empty until its `loaders` have their tensors; one of the `ranks` that share it."""
 
-    def __init__(self, config: ModelConfig, ops: Fast, device: torch.device, dtype, ranks: int = 1):
+    def __init__(self, config: ModelConfig, ops: Fast, device: torch.device, dtype, ranks=1):
         super().__init__()
         if ranks not in (valid := tp.degrees(config, ops.exact)):
             choices = ", ".join(map(str, valid))
@@ -261,15 +253,18 @@ class Transformer(nn.Module):
         self.heads = heads.view(G, -1)  # the numbers of this rank's query heads, by KV head [G, R]
         self.loaders: list[Layer] = []  # those that take checkpoint tensors
         self.nbytes = 0  # of weights that every step reads
-        embedding, table = "model.embed_tokens", (config.vocab_size, config.hidden_size)
-        self.embed = Embedding(self, {f"{embedding}.weight": table})
-        self.head = self.make_head(embedding if config.tie_word_embeddings else "lm_head")
         block, _ = FAMILIES[config.architecture]
+        embedding, shape = "model.embed_tokens", (config.vocab_size, config.hidden_size)
+        self.embed = block.embedding(self, {f"{embedding}.weight": shape})
+        self.head = self.make_head(embedding if config.tie_word_embeddings else "lm_head")
         self.layers = nn.ModuleList(block(self, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(self, "model.norm", config.hidden_size)
-        # Drafts may reach beyond the end of the context.
-        self.rope = rope_table(config, config.max_position_embeddings + 64).to(device)
-        self.mask_mods = {w: sliding_window(w) if w else causal for w in set(config.windows)}
+        self.norm = block.norm(self, "model.norm", config.hidden_size)
+        length = config.max_position_embeddings + 64  # drafts may reach beyond the end
+        self.kinds = {}  # of layers, by window: a table of angles and a mask
+        for window, rope in config.ropes.items():
+            table = rope_table(config, rope, length).to(device)
+            mask_mod = sliding_window(window) if window else causal
+            self.kinds[window] = (table, mask_mod)
         self.decode = self.verify = self.prefill = self.stack  # to be compiled
         self.graphed = False  # whether steps are CUDA graphs
 
@@ -293,29 +288,29 @@ class Transformer(nn.Module):
             raise InputError(f"a cache of {size} does not fit the memory: {e}") from e
 
     def forward(self, tokens_BT, pos_BT, cache: KVCache, end: int, last=False, decode=False):
-        """fp32 logits [B, T, V] (T = 1 with `last`) of tokens at absolute positions `pos_BT`; `end`
-        is one past the highest. Their keys and values are written to the cache, which must hold
-        every earlier position."""
+        """fp32 logits [B, T, V] (T = 1 with `last`) of tokens at absolute positions `pos_BT`, all
+        before `end`. Keys and values are written to the cache, which must hold the earlier ones."""
         # A CPU is quicker in whole blocks. A CUDA graph, of one shape, looks over all the cache.
         span = -(-end // 64) * 64 if self.device.type == "cpu" else cache[0][0].shape[2]
-        masks = {}
-        for window, mask_mod in self.mask_mods.items():
-            masks[window] = self.ops.mask(mask_mod, pos_BT, span, self.heads, self.dtype)
-        masks = [masks[window] for window in self.config.windows]
+        views = {}
+        for window, (table, mask_mod) in self.kinds.items():
+            cos, sin = table[pos_BT].unsqueeze(2).unbind(3)
+            mask = self.ops.mask(mask_mod, pos_BT, span, self.heads, self.dtype)
+            views[window] = (pos_BT, cos, sin, mask)
+        views = [views[window] for window in self.config.windows]
         run = self.verify if decode else self.prefill
         if tokens_BT.shape[1] == 1:
             run = self.decode if decode else self.stack
         x = self.embed(tokens_BT).float()  # sums over layers in fp32: cheap, and much more precise
-        cos, sin = self.rope[pos_BT].unsqueeze(2).unbind(3)
-        x = run(self.layers, x, cos, sin, pos_BT, masks, cache)
+        x = run(self.layers, x, views, cache)
         logits_BTV = self.head(self.norm(x[:, -1:] if last else x)).float()
         if self.ranks > 1:
             logits_BTV = tp.all_gather(logits_BTV).movedim(0, -2).flatten(-2)
         return logits_BTV
 
     @staticmethod
-    def stack(layers, x, cos, sin, pos_BT, masks: list, cache: KVCache) -> Tensor:
-        """Some layers, each with its mask and its part of the cache."""
-        for layer, mask, kv in zip(layers, masks, cache, strict=True):
-            x = layer(x, cos, sin, pos_BT, mask, *kv)
+    def stack(layers, x, views: list[tuple], cache: KVCache) -> Tensor:
+        """Some layers, each with what it knows of positions and its part of the cache."""
+        for layer, view, kv in zip(layers, views, cache, strict=True):
+            x = layer(x, *view, *kv)
         return x

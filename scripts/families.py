@@ -1,15 +1,20 @@
-"""Families of models beyond the core, as a fork would add them: subclasses of Block, and what their
-config.json means, entered into model.FAMILIES."""
+"""Families of models beyond Llama: what their config.json means, and subclasses of Block where they
+differ, entered into model.FAMILIES."""
 
 import functools
+import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import tp
-from kernels import Packed, opaque_linear
-from model import ALIKE, FAMILIES, UNBIASED, Block, FeedForward, InputError, Layer, Linear
+from kernels import InputError, Packed, exp, opaque_linear
+from model import FAMILIES, Block, Embedding, FeedForward, Layer, Linear, RMSNorm
+
+UNBIASED = {"attention_bias": False, "mlp_bias": False}
+ALIKE = {"max_window_layers": 0, "layer_types": None}  # all layers have the window, or none
 
 
 class Mixture(Layer):
@@ -89,6 +94,144 @@ class Qwen3MoeBlock(Block):
         return Mixture(model, f"{prefix}.mlp", names, model.config.intermediate_size)
 
 
+class SmolLM3Block(Block):
+    """Some layers know of no positions."""
+
+    def __init__(self, model, index: int):
+        super().__init__(model, index)
+        self.rotary = bool(model.config.settings["no_rope_layers"][index])
+
+
+class Olmo2Block(Block):
+    """Norms of what attention and the feed-forward network return, not of what they are given, and
+    those of queries and keys over all heads together (OLMo et al. 2025)."""
+
+    norms = {"attention_norm": "post_attention_layernorm", "ffn_norm": "post_feedforward_layernorm"}
+
+    def __init__(self, model, index: int):
+        super().__init__(model, index)
+        config, attn = model.config, f"model.layers.{index}.self_attn"
+        q, kv = config.num_attention_heads, config.num_key_value_heads
+        self.q_norm = RMSNorm(model, f"{attn}.q_norm", q * config.head_dim)
+        self.k_norm = RMSNorm(model, f"{attn}.k_norm", kv * config.head_dim)
+
+    def forward(self, x: Tensor, *view) -> Tensor:
+        x = x + self.attention_norm(self.attend(x.to(self.dtype), *view))
+        return x + self.ffn_norm(self.ffn(x.to(self.dtype)))
+
+    def norm_heads(self, q_BTHD, k_BTGD) -> tuple[Tensor, Tensor]:
+        q = self.over_all(q_BTHD, self.q_norm, self.config.num_attention_heads)
+        return q, self.over_all(k_BTGD, self.k_norm, self.config.num_key_value_heads)
+
+    def over_all(self, x_BTHD: Tensor, norm: RMSNorm, heads: int) -> Tensor:
+        """The norm, of the heads of all ranks, and of it the own heads. A sum that ranks shared
+        would have another order."""
+        if self.ranks > 1:
+            parts = tp.all_gather(x_BTHD)[:: max(self.ranks // heads, 1)]  # ranks may share a head
+            x_BTHD = torch.cat(parts.unbind(0), dim=2)
+        y_BTHD = norm(x_BTHD.flatten(2)).unflatten(2, (heads, -1))
+        return tp.part(y_BTHD, 2, self.ranks)
+
+
+class GemmaNorm(RMSNorm):
+    """The checkpoint has the weight less 1."""
+
+    def load(self, tensors: list[Tensor]) -> int:
+        nbytes = super().load(tensors)
+        self.weight += 1
+        return nbytes
+
+
+class GemmaEmbedding(Embedding):
+    """Times the root of hidden_size, which is rounded first: in bf16, 33.94 is 34."""
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        root = torch.tensor(self.config.hidden_size**0.5, dtype=self.dtype)
+        return super().forward(tokens_BT) * root
+
+
+class GeluFeedForward(FeedForward):
+    """GEGLU: down(gelu(gate(x)) * up(x)) (Shazeer 2020), with the tanh form of GELU (Hendrycks and
+    Gimpel 2016)."""
+
+    def inner(self, x: Tensor) -> Tensor:
+        gate_up = self.gate_up(x)
+        gate, up = gate_up.chunk(2, dim=-1)
+        if not self.ops.exact:
+            return F.gelu(gate, approximate="tanh") * up
+        gate, up = gate.float(), up.float()
+        # (1 + tanh u) / 2 = 1 / (1 + exp(-2 u)), of which exp is opaque to a compiler.
+        twice_u = (gate + gate * gate * gate * 0.044715) * math.sqrt(8 / math.pi)
+        return (gate / (exp(-twice_u) + 1) * up).to(gate_up.dtype)
+
+
+class Gemma3Block(Block):
+    """Norms before and after, two kinds of layers with a RoPE each (Gemma team 2025)."""
+
+    norm, embedding = GemmaNorm, GemmaEmbedding
+    norms = {
+        "attention_norm": "input_layernorm",
+        "after_attention": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "after_ffn": "post_feedforward_layernorm",
+    }
+
+    def __init__(self, model, index: int):
+        super().__init__(model, index)
+        self.scale = model.config.settings["query_pre_attn_scalar"] ** -0.5
+
+    def make_ffn(self, model, prefix: str) -> GeluFeedForward:
+        names = (f"{prefix}.mlp.{name}_proj" for name in ("gate", "up", "down"))
+        return GeluFeedForward(model, *names, model.config.intermediate_size, False)
+
+    def forward(self, x: Tensor, *view) -> Tensor:
+        x = x + self.after_attention(self.attend(self.attention_norm(x), *view))
+        return x + self.after_ffn(self.ffn(self.ffn_norm(x)))
+
+
+class GraniteNorm(RMSNorm):
+    """Logits are divided by logits_scaling: here, the weight of the last norm, for good."""
+
+    def load(self, tensors: list[Tensor]) -> int:
+        nbytes = super().load(tensors)
+        if "model.norm.weight" in self.shapes:
+            self.weight /= self.config.settings["logits_scaling"]
+        return nbytes
+
+
+class GraniteEmbedding(Embedding):
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return super().forward(tokens_BT) * self.config.settings["embedding_multiplier"]
+
+
+class GraniteBlock(Block):
+    """Four numbers scale what goes in, what comes out and what is in between (Yang et al. 2022)."""
+
+    norm, embedding = GraniteNorm, GraniteEmbedding
+
+    def __init__(self, model, index: int):
+        super().__init__(model, index)
+        self.scale = model.config.settings["attention_multiplier"]
+        self.multiplier = model.config.settings["residual_multiplier"]
+
+    def forward(self, x: Tensor, *view) -> Tensor:
+        y = self.attend(self.attention_norm(x), *view)
+        x = x + y.float() * self.multiplier
+        y = self.ffn(self.ffn_norm(x))
+        return x + y.float() * self.multiplier
+
+
+FAMILIES["MistralForCausalLM"] = (Block, {"use_sliding_window": True} | UNBIASED | ALIKE)
+FAMILIES["Qwen2ForCausalLM"] = (Block, UNBIASED | {"qkv_bias": True})
+FAMILIES["Qwen3ForCausalLM"] = (Block, {"qk_norm": True, "mlp_bias": False})
+FAMILIES["Phi3ForCausalLM"] = (Block, {"use_sliding_window": True} | UNBIASED | ALIKE)
+FAMILIES["SmolLM3ForCausalLM"] = (SmolLM3Block, {})
+FAMILIES["Olmo2ForCausalLM"] = (Olmo2Block, {"use_sliding_window": False, "mlp_bias": False})
+FAMILIES["Gemma3ForCausalLM"] = (
+    Gemma3Block,
+    {"use_sliding_window": True, "qk_norm": True, "mlp_bias": False},
+)
+FAMILIES["GraniteForCausalLM"] = (GraniteBlock, {"use_sliding_window": False})
 FAMILIES["MixtralForCausalLM"] = (
     MixtralBlock,
     {"use_sliding_window": True, "norm_topk_prob": True} | UNBIASED | ALIKE,

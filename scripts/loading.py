@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-import model as model_module
 import quantize
 import scripts.families  # noqa: F401  (it enters them into FAMILIES)
 import tp
@@ -16,13 +15,17 @@ from kernels import BATCH_INVARIANT, FAST, InputError
 from model import FAMILIES, ModelConfig, Transformer, rope_table
 from scripts import checkpoint, cli, defaults, download, drafts, machine, settings
 from scripts.ranks import together
+from scripts.rope_settings import places, rope_parameters, rope_type
+from scripts.ropes import ROPES
 from scripts.tokenizer import Tokenizer
 
 SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
 SIZES += ["num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings"]
 BOOLEANS = ["tie_word_embeddings", "qkv_bias", "attention_bias", "mlp_bias", "qk_norm"]
 SUPPORTED = {
-    "hidden_act": ["silu", "swish"],
+    "attn_logit_softcapping": [None],
+    "final_logit_softcapping": [None],
+    "use_bidirectional_attention": [None, False],
     "quantization mode": [None, *quantize.LINEARS],
     "group_size": [32, 64, 128],
     "per_layer_config": [None, {}],
@@ -42,7 +45,7 @@ def load(args, ranks: int | None = None) -> tuple[Transformer, Tokenizer]:
     path = shape or directory / "config.json"
     read = read_shape if shape else read_config
     config = read(path, args.quantize, args.group_size)
-    angles = config.max_position_embeddings * config.head_dim // 2
+    angles = config.max_position_embeddings * config.head_dim // 2 * len(config.ropes)
     # Of each in fp32 itself, its cos and its sin, and these once more in one table.
     machine.check_fits(device, 5 * 4 * angles, f"{path}: a table of positions")
     tokenizer = Tokenizer(directory)
@@ -156,6 +159,8 @@ def read_shape(path: Path, quantization: str | None = None, group_size=32) -> Mo
         given |= family  # of which one may be what the next line reads
         given |= {"qkv_bias": given["attention_bias"], "qk_norm": False} | family
         settings.check(given)
+        settings.complete(given)
+        one_of("hidden_act", given["hidden_act"], settings.activations(architecture))
         stored = given["quantization"]
         mode, given["group_size"] = stored.get("mode"), stored.get("group_size", 32)
         given["quantization mode"] = mode
@@ -164,19 +169,22 @@ def read_shape(path: Path, quantization: str | None = None, group_size=32) -> Mo
         if quantization and mode:
             raise checkpoint.Refusal(f"the checkpoint is {mode} already")
         windows = settings.windows(given)
+        shape = sizes(given)
         config = ModelConfig(
-            **sizes(given),
+            **shape,
             **{name: bool(given[name]) for name in BOOLEANS},
             architecture=architecture,
             rms_norm_eps=float(given["rms_norm_eps"]),
-            rope_parameters=rope_parameters(given, windows),
             windows=windows,
+            ropes=ropes(given, windows, shape["head_dim"]),
             quantization=quantization or mode,
             group_size=group_size if quantization else given["group_size"],
             stored=mode is not None,
             settings=given,
         )
-        rope_table(config, 1)  # raises for settings that are missing or wrong
+        for rope in config.ropes.values():
+            if not rope_table(config, rope, 2).isfinite().all():
+                raise checkpoint.Refusal(f"RoPE with {rope} has angles that are no numbers")
         return config
 
 
@@ -207,18 +215,17 @@ def sizes(given: dict) -> dict[str, int]:
     return found
 
 
-def rope_parameters(given: dict, windows: list[int | None]) -> dict:
+def ropes(given: dict, windows: list[int | None], head_dim: int) -> dict[int | None, dict]:
     """As ModelConfig has them. A kind that is not supported is refused wherever it stands."""
-    kinds = model_module.ROPE_SETTINGS
-    for rope in settings.rope_places(given):
-        one_of("rope_type", settings.rope_type(rope), list(kinds))
-        one_of("partial_rotary_factor", rope.get("partial_rotary_factor"), [None, 1])
-    one_of("partial_rotary_factor", given.get("partial_rotary_factor"), [None, 1])
-    rope = settings.rope_parameters(given, [window is not None for window in windows])
-    for name in ["rope_theta", *kinds[rope["rope_type"]]]:
-        settings.number(name, rope[name])
-    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        found = f"{rope['low_freq_factor']} and {rope['high_freq_factor']}"
-        expected = "expected the first to be less"
-        raise checkpoint.Refusal(f"low_freq_factor and high_freq_factor are {found}, {expected}")
-    return rope
+    partial = "partial_rotary_factor" in settings.FAMILY_DEFAULTS.get(given["architecture"], {})
+    for rope in places(given):
+        one_of("rope_type", rope_type(given, rope), list(ROPES))
+    for rope in [given, *places(given)]:
+        if not partial:
+            one_of("partial_rotary_factor", rope.get("partial_rotary_factor"), [None, 1])
+    found = {}
+    for window in windows:
+        layers = "full_attention" if window is None else "sliding_attention"
+        if window not in found:
+            found[window] = rope_parameters(given, layers, head_dim)
+    return found

@@ -281,14 +281,14 @@ def compiled(model, sizes: list[int], **more) -> Callable:
             functions[kinds] = torch.compile(own, fullgraph=True, options=options, **more)
         runs.append((functions[kinds], layers[some], some))
 
-    def stack_of_runs(layers, x, cos, sin, pos_BT, masks, cache):
-        distinct = {id(mask): mask for mask in masks}
-        for mask in distinct.values():
+    def stack_of_runs(layers, x, views, cache):
+        masks = {id(mask): mask for *_, mask in views}
+        for mask in masks.values():
             if not isinstance(mask, int):
                 # Its keys grow with the text: one graph for all.
                 torch._dynamo.maybe_mark_dynamic(mask[0], 4)
         for run, part, some in runs:
-            x = run(part, x, cos, sin, pos_BT, masks[some], cache[some])
+            x = run(part, x, views[some], cache[some])
         return x
 
     return stack_of_runs

@@ -10,6 +10,8 @@ NULLS = ("head_dim", "num_key_value_heads", "sliding_window")  # which are setti
 # What is meant by what is left out, as the classes of transformers have it. What is supported of
 # the settings that are words is in loading.SUPPORTED.
 DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, **dict.fromkeys(BOOLEANS, False)}
+MULTIPLIERS = ["embedding_multiplier", "attention_multiplier"]
+MULTIPLIERS += ["residual_multiplier", "logits_scaling"]
 QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 FAMILY_DEFAULTS = {
     "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -29,10 +31,32 @@ FAMILY_DEFAULTS = {
         "moe_intermediate_size": 768,
         "sliding_window": 4096,
     },
+    "SmolLM3ForCausalLM": {
+        "num_key_value_heads": 4,
+        "rope_theta": 2e6,
+        "no_rope_layer_interval": 4,
+        "tie_word_embeddings": True,
+    },
+    "Olmo2ForCausalLM": {"rms_norm_eps": 1e-5},
+    "Phi3ForCausalLM": {
+        "rms_norm_eps": 1e-5,
+        "partial_rotary_factor": 1.0,  # only families that know of it have it here
+        "original_max_position_embeddings": 4096,
+    },
+    "Gemma3ForCausalLM": {
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+    },
+    "GraniteForCausalLM": dict.fromkeys(MULTIPLIERS, 1.0),
 }
-OLD_THETA = 10000.0  # where there is no rope_parameters, which states it
-ROPE_PLACES = ("rope_scaling", "rope_parameters")  # of both, the first counts
-
 LARGEST_NUMBER = 1e38  # of fp32
 LARGEST_SIZES = {  # far beyond any model; sizes that are larger are mistakes
     "vocab_size": 10**8,
@@ -151,44 +175,60 @@ def check_layer_types(settings: dict) -> None:
         raise Refusal(f"layer_types has {len(kinds)} entries, expected one for each layer")
 
 
-def rope_places(settings: dict) -> list[dict]:
-    """All settings of RoPE that there are, in the order in which they count: for all layers, then
-    for types of layers. They may be empty."""
-    places = [json_object(settings, name) for name in ROPE_PLACES]
-    return places + [x for place in places for x in place.values() if isinstance(x, dict)]
+def activations(architecture: str) -> list[str]:
+    """The names of the only one that a family has."""
+    name = (DEFAULTS | FAMILY_DEFAULTS.get(architecture, {}))["hidden_act"]
+    return ["silu", "swish"] if name == "silu" else [name]
 
 
-def rope_type(rope: dict) -> str:
-    return rope.get("rope_type") or rope.get("type") or "default"
+def complete(settings: dict) -> None:
+    """What a family makes of its own settings, which are checked as well."""
+    known = {"SmolLM3": smollm3, "Gemma3": gemma3, "Granite": granite}
+    name = settings["architecture"].removesuffix("ForCausalLM")
+    if name in known:
+        known[name](settings)
 
 
-def rope_parameters(settings: dict, sliding: list[bool]) -> dict:
-    """The settings of RoPE, whose `rope_type`, `rope_theta` and
-    `original_max_position_embeddings` may stand elsewhere. Layers that are `sliding` may have their
-    own."""
-    scaling, parameters, *_ = rope_places(settings)
-    rope = of_all_layers(scaling or parameters, sliding)
-    rope = {name: value for name, value in rope.items() if value is not None}
-    found = rope | {"rope_type": rope_type(rope)}
-    if "rope_theta" in settings:
-        found.setdefault("rope_theta", settings["rope_theta"])
-    elif scaling or not parameters:
-        found.setdefault("rope_theta", OLD_THETA)
-    original = settings.get("original_max_position_embeddings")
-    return found if original is None else found | {"original_max_position_embeddings": original}
+def smollm3(settings: dict) -> None:
+    """`no_rope_layers` has a 0 for each layer without positions, which are those that slide."""
+    count = size(settings, "num_hidden_layers")
+    rotary = settings.get("no_rope_layers")
+    if rotary is None:
+        interval = size(settings, "no_rope_layer_interval")
+        rotary = [int(i % interval != 0) for i in range(1, count + 1)]
+    is_list = isinstance(rotary, list) and all(x in (0, 1) for x in rotary)
+    if not is_list or len(rotary) < count:
+        raise Refusal(f"no_rope_layers is {rotary!r}, expected a list of 0 or 1 for each layer")
+    settings["no_rope_layers"] = rotary
+    if not settings.get("layer_types"):
+        settings["layer_types"] = layer_types([not x for x in rotary[:count]])
 
 
-def of_all_layers(rope: dict, sliding: list[bool]) -> dict:
-    """Settings that are the same for all layers, out of those by type of layer, as transformers 5
-    may write them."""
-    by_type = {kind: own for kind, own in rope.items() if isinstance(own, dict)}
-    if not by_type:
-        return rope
-    rest = {name: value for name, value in rope.items() if name not in by_type}
-    kinds = ["sliding_attention" if slide else "full_attention" for slide in set(sliding)]
-    found = [by_type.get(kind, {}) for kind in kinds]
-    # What stands beside them must not say otherwise.
-    found = [rest | own for own in found] + [own | rest for own in found]
-    if not all(found) or any(own != found[0] for own in found):
-        raise Refusal(f"rope_parameters {rope} differ by layer, expected the same for all layers")
-    return found[0]
+def gemma3(settings: dict) -> None:
+    """Older files have the number of layers from one of full attention to the next, and two names
+    for what is now `rope_parameters` by type of layer: rope_scaling is of full attention alone."""
+    settings["hidden_act"] = settings["hidden_activation"]
+    number("query_pre_attn_scalar", settings["query_pre_attn_scalar"])
+    size(settings, "sliding_window")  # it cannot do without
+    if not settings.get("layer_types"):
+        pattern = size(settings, "sliding_window_pattern")
+        count = size(settings, "num_hidden_layers")
+        settings["layer_types"] = layer_types([i % pattern != 0 for i in range(1, count + 1)])
+    parameters = json_object(settings, "rope_parameters")
+    if any(not isinstance(own, dict) for own in parameters.values() if own is not None):
+        raise Refusal(f"rope_parameters is {parameters}, expected those of each type of layer")
+    full = {"rope_theta": settings.pop("rope_theta")}
+    full |= json_object(parameters, "full_attention") | json_object(settings, "rope_scaling")
+    sliding = {"rope_theta": settings.pop("rope_local_base_freq")}
+    sliding |= json_object(parameters, "sliding_attention")
+    settings["rope_parameters"] = {"full_attention": full, "sliding_attention": sliding}
+    settings["rope_scaling"] = {}
+
+
+def granite(settings: dict) -> None:
+    for name in MULTIPLIERS:
+        settings[name] = number(name, settings[name])
+
+
+def layer_types(slides: list[bool]) -> list[str]:
+    return ["sliding_attention" if slide else "full_attention" for slide in slides]

@@ -132,7 +132,7 @@ def trace_block(directory: str):
         given = [x, cos, torch.empty_like(cos)]
 
     def block(x, cos, sin):
-        return model.layers[0](x, cos, sin, None, None, None, None)
+        return model.layers[0](x, None, cos, sin, None, None, None)
 
     traced = make_fx(torch.func.functionalize(block), decomposition_table=select_decomp_table())
     with mode, mock.patch("torch.compiler.is_compiling", return_value=True):

@@ -67,8 +67,17 @@ SETTINGS = {  # that a config.json may have beside those that it has
     "partial_rotary_factor": 0.5,
     "original_max_position_embeddings": 64,
     "quantization": {"bits": 4},
+    "no_rope_layers": [1, 0],
+    "no_rope_layer_interval": 2,
+    "sliding_window_pattern": 2,
+    "rope_local_base_freq": 1e4,
+    "query_pre_attn_scalar": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "embedding_multiplier": 12.0,
+    "logits_scaling": 8.0,
 }
-FAMILIES = "Llama Mistral Mixtral Qwen2 Qwen3 Qwen3Moe Gpt9".split()
+FAMILIES = """Llama Mistral Mixtral Qwen2 Qwen3 Qwen3Moe SmolLM3 Olmo2 Phi3 Gemma3 Granite
+Gpt9""".split()
 JSON_FILES = """config.json generation_config.json tokenizer.json tokenizer_config.json
 special_tokens_map.json added_tokens.json model.safetensors.index.json""".split()
 FRAGMENTS = """{{|}}|{%|%}|{#|for m in messages|endfor|if|endif|else|set x =|macro f(a)|endmacro

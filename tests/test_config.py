@@ -227,8 +227,9 @@ def written(tmp_path, base, changes):
 @pytest.mark.parametrize("base", [LLAMA, MIXTRAL, QWEN3], ids=["llama", "mixtral", "qwen3"])
 @pytest.mark.parametrize("name", ROPES)
 def test_rope(tmp_path, name, base):
-    path = written(tmp_path, base, ROPES[name])
-    got = rope_table(read_config(path), 300)
+    config = read_config(written(tmp_path, base, ROPES[name]))
+    (rope,) = config.ropes.values()
+    got = rope_table(config, rope, 300)
     cos, sin = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))(
         torch.zeros(1), torch.arange(300)[None]
     )
@@ -259,35 +260,25 @@ def test_rope_by_type_of_layer(tmp_path, name, place):
     read them."""
     base, rope = BY_TYPE[name]
     config = read_config(written(tmp_path, base, {place: rope, "rope_theta": 33.0}))
-    assert config.rope_parameters["rope_theta"] == 77.0
+    assert {rope["rope_theta"] for rope in config.ropes.values()} == {77.0}
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-DYNAMIC = {"type": "dynamic", "factor": 2.0}
-LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+MROPE = {"rope_type": "mrope", "mrope_section": [2, 3, 3]}
 HALF = {"partial_rotary_factor": 0.5}
-THETA = {"rope_theta": 77.0}
 BAD_ROPES = {
-    "yarn": (LLAMA, {"rope_scaling": YARN}, "yarn"),
-    "yarn beside": (LLAMA, {"rope_scaling": YARN, "rope_parameters": DEFAULT}, "yarn"),
-    "yarn behind": (LLAMA, {"rope_scaling": LINEAR, "rope_parameters": YARN}, "yarn"),
-    "dynamic beside": (QWEN2, {"rope_scaling": DYNAMIC, "rope_parameters": DEFAULT}, "dynamic"),
-    "longrope": (MISTRAL, {"rope_parameters": LONG | THETA}, "longrope"),
-    "by type": (LLAMA, {"rope_parameters": by_type(DEFAULT, YARN)}, "yarn"),
+    "mrope": (LLAMA, {"rope_scaling": MROPE}, "mrope"),
+    "mrope beside": (QWEN2, {"rope_scaling": MROPE, "rope_parameters": DEFAULT}, "mrope"),
+    "mrope behind": (MISTRAL, {"rope_scaling": LINEAR, "rope_parameters": MROPE}, "mrope"),
+    "by type": (LLAMA, {"rope_parameters": by_type(DEFAULT, MROPE)}, "mrope"),
     "no such type": (LLAMA, {"rope_scaling": {"type": "su"}}, "su"),
     "a list": (LLAMA, {"rope_scaling": {"type": ["linear"]}}, "linear"),
     "text": (LLAMA, {"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
-    "differ": (
-        QWEN3 | SLIDING,
-        {"rope_parameters": by_type(DEFAULT, DEFAULT | {"rope_theta": 9.0})},
-        "rope_parameters .* differ",
-    ),
     "differ from beside": (
         LLAMA,
         {"rope_parameters": by_type(DEFAULT, DEFAULT) | {"rope_theta": 9.0}},
         "rope_parameters .* differ",
     ),
-    "none for these": (LLAMA, {"rope_parameters": {"sliding_attention": DEFAULT}}, "differ"),
+    "none for these": (LLAMA, {"rope_parameters": {"sliding_attention": DEFAULT}}, "none for full"),
     "half": (LLAMA, HALF, "partial_rotary_factor 0.5"),
     "half in new": (LLAMA, {"rope_parameters": DEFAULT | HALF}, "partial_rotary_factor 0.5"),
     "half in old": (QWEN2, {"rope_scaling": LINEAR | HALF}, "partial_rotary_factor 0.5"),
@@ -297,7 +288,7 @@ BAD_ROPES = {
     "null": (LLAMA, {"rope_scaling": {"type": "linear", "factor": None}}, "factor is missing"),
     "low": (LLAMA, {"rope_scaling": without(LLAMA3, "low_freq_factor")}, "low_freq_factor"),
     "equal": (LLAMA, {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "4.0 and 4.0"),
-    "crossed": (LLAMA, {"rope_scaling": LLAMA3 | {"low_freq_factor": 5}}, "5 and 4.0"),
+    "crossed": (LLAMA, {"rope_scaling": LLAMA3 | {"low_freq_factor": 5}}, "5.0 and 4.0"),
     "original": (
         LLAMA,
         {"rope_scaling": LLAMA3, "original_max_position_embeddings": -1},

@@ -17,7 +17,8 @@ LADDER = ["kernels", "tp", "quantize", "model", "generate"]  # each may import t
 LOWER = LADDER[:-1]
 PLUMBING = ["checkpoint", "tokenizer", "requests", "prompts", "chat", "cli"]
 PLUMBING += ["settings", "backends", "pipelines", "sentencepieces", "special_tokens", "templates"]
-PLUMBING += ["outputs", "peers", "files", "sandbox", "interrupts", "defaults", "jobs"]
+PLUMBING += ["outputs", "peers", "files", "sandbox", "interrupts", "defaults", "jobs", "fused"]
+PLUMBING += ["rope_settings"]
 NO_ROOT = ["machine", "drafts"]
 
 

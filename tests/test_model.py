@@ -343,21 +343,21 @@ def test_config_defaults(config_json):
     left_out = {"head_dim": None, "num_key_value_heads": None, "rope_parameters": None}
     config = read_config(config_json(**left_out, rope_theta=77.0))
     assert (config.head_dim, config.num_key_value_heads) == (10, 6)
-    assert config.rope_parameters["rope_theta"] == 77.0
+    assert config.ropes[None]["rope_theta"] == 77.0
     assert not config.tie_word_embeddings
     assert list(config.windows) == [None, None, None]
 
 
 DEFAULTED = ("num_key_value_heads", "rms_norm_eps", "rope_parameters")
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
-DYNAMIC = {"type": "dynamic", "factor": 2.0}
+MROPE = {"rope_type": "mrope", "rope_theta": 1e4, "mrope_section": [2, 3]}
+OLD_MROPE = {"type": "mrope", "mrope_section": [2, 3]}
 UNKNOWN = {"architectures": ["GPT2LMHeadModel"]}
 BAD_CONFIGS = {  # changes and what the message must name
     "no rope_theta": ({"rope_parameters": {"rope_type": "default"}}, "rope_theta"),
     "unknown architecture": (UNKNOWN, "GPT2LMHeadModel.*LlamaForCausalLM"),
     "no architecture": ({"architectures": None}, "architecture"),
-    "rope type": ({"rope_parameters": YARN}, "yarn.*llama3"),
-    "old rope type": ({"rope_parameters": None, "rope_scaling": DYNAMIC}, "dynamic"),
+    "rope type": ({"rope_parameters": MROPE}, "mrope.*llama3.*longrope"),
+    "old rope type": ({"rope_parameters": None, "rope_scaling": OLD_MROPE}, "mrope"),
     "activation": ({"hidden_act": "gelu"}, "gelu.*silu"),
     "wrong type": ({"hidden_size": "sixty", "head_dim": None}, "config.json"),
     "zero heads": ({"num_attention_heads": 0, "head_dim": None}, "config.json"),
@@ -412,7 +412,8 @@ def test_rope_of_llama_3_1(config_json):
         "head_dim": 128,
         "max_position_embeddings": context,
     }
-    got = rope_table(read_config(config_json(**shape)), context)
+    config = read_config(config_json(**shape))
+    got = rope_table(config, config.ropes[None], context)
     reference = LlamaRotaryEmbedding(LlamaConfig(**shape))
     cos, sin = reference(torch.zeros(1), torch.arange(context)[None])
     expected = torch.stack((cos[0, :, :64], sin[0, :, :64]), dim=1)
