@@ -303,10 +303,7 @@ class Transformer(nn.Module):
             run = self.decode if decode else self.stack
         x = self.embed(tokens_BT).float()  # sums over layers in fp32: cheap, and much more precise
         x = run(self.layers, x, views, cache)
-        logits_BTV = self.head(self.norm(x[:, -1:] if last else x)).float()
-        if self.ranks > 1:
-            logits_BTV = tp.all_gather(logits_BTV).movedim(0, -2).flatten(-2)
-        return logits_BTV
+        return self.logits(x[:, -1:] if last else x)
 
     @staticmethod
     def stack(layers, x, views: list[tuple], cache: KVCache) -> Tensor:
@@ -314,3 +311,10 @@ class Transformer(nn.Module):
         for layer, view, kv in zip(layers, views, cache, strict=True):
             x = layer(x, *view, *kv)
         return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Of what the last layer gives; to be compiled."""
+        logits_BTV = self.head(self.norm(x)).float()
+        if self.ranks > 1:
+            logits_BTV = tp.all_gather(logits_BTV).movedim(0, -2).flatten(-2)
+        return logits_BTV

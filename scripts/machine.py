@@ -233,6 +233,8 @@ def set_up(model, compile_decode: bool, compile_prefill: bool) -> None:
         check_compiler(model)
     if compile_prefill:
         model.prefill = compiled(model, [1], dynamic=True)
+    if compile_decode or compile_prefill:
+        model.logits = compiled_copy(type(model).logits, model, dynamic=True).__get__(model)
     if compile_decode:
         model.decode = compiled(model, [5, 6, 4])
         model.verify = compiled(model, [5, 6, 4])
@@ -265,9 +267,6 @@ def compiled(model, sizes: list[int], **more) -> Callable:
     """The model's stack, of which a run of layers is compiled once for all runs that differ in
     nothing but their tensors. Of `sizes` it has the first that divides the layers, else the last
     one: a longer run has fewer calls, and compiles for longer."""
-    options = model.ops.compile_options | {"guard_filter_fn": arguments_alone}
-    options |= {"size_asserts": False, "alignment_asserts": False}
-    options["cpp.vec_isa_ok"] = True  # to try vector instructions would take most of the time
     layers = list(model.layers)
     size = next((n for n in sizes if len(layers) % n == 0), sizes[-1])
     functions, runs = {}, []
@@ -275,10 +274,7 @@ def compiled(model, sizes: list[int], **more) -> Callable:
         some = slice(start, start + size)
         kinds = tuple(map(kind_of, layers[some]))
         if kinds not in functions:
-            # PyTorch keeps graphs by code object, so each has a copy of it.
-            stack = model.stack
-            own = types.FunctionType(stack.__code__.replace(), stack.__globals__, stack.__name__)
-            functions[kinds] = torch.compile(own, fullgraph=True, options=options, **more)
+            functions[kinds] = compiled_copy(type(model).stack, model, **more)
         runs.append((functions[kinds], layers[some], some))
 
     def stack_of_runs(layers, x, views, cache):
@@ -292,6 +288,15 @@ def compiled(model, sizes: list[int], **more) -> Callable:
         return x
 
     return stack_of_runs
+
+
+def compiled_copy(function: Callable, model, **more) -> Callable:
+    """A function of a model, compiled. PyTorch keeps graphs by code object, so each has its own."""
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    options = model.ops.compile_options | {"guard_filter_fn": arguments_alone}
+    options |= {"size_asserts": False, "alignment_asserts": False}
+    options["cpp.vec_isa_ok"] = True  # to try vector instructions would take most of the time
+    return torch.compile(own, fullgraph=True, options=options, **more)
 
 
 def kind_of(layer) -> str:
