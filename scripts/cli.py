@@ -197,9 +197,6 @@ def run(steps: list[Callable], *more_errors: type[Exception]) -> None:
     step = steps[0]
     try:
         interrupts.raise_again()
-        # PyTorch then takes memory of 2 MB and more in huge pages, at no cost: a CPU looks up fewer
-        # addresses, and on some that is a quarter of the time of a step.
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         speak_utf8()
         for step in steps:
             status = step() or 0

@@ -105,7 +105,7 @@ def check_cache_fits(model, batch_size: int, length: int) -> None:
     check_fits(model.device, needed, f"a cache of {batch_size} x {length} tokens")
 
 
-def tune_memory(device: torch.device) -> None:
+def tune_memory(device: torch.device, huge_pages: bool) -> None:
     """After loading: have the allocator keep the memory it has, and move that to huge pages."""
     if sys.platform != "linux" or device.type != "cpu":
         return
@@ -117,13 +117,13 @@ def tune_memory(device: torch.device) -> None:
     # a third of the time of a prefill.
     libc.mallopt(M_MMAP_THRESHOLD, 64 << 20)
     libc.mallopt(M_TRIM_THRESHOLD, 512 << 20)
-    collapse_pages(libc)
+    if huge_pages:
+        collapse_pages(libc)
 
 
 def collapse_pages(libc: ctypes.CDLL) -> None:
-    """Move anonymous memory to huge pages: what PyTorch has not put there itself, see cli.run. It
-    takes less than a second for each gigabyte of a large model, and for one of small matrices, of
-    less than 2 MB, up to four."""
+    """Move anonymous memory to huge pages. It takes up to four seconds for each gigabyte; what it
+    brings depends on the CPU, from nothing to a third of the time of a step."""
     for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
         addresses = line.split()[0]
         start, end = (int(address, 16) for address in addresses.split("-"))
@@ -228,7 +228,7 @@ def find_device(name: str | None, world: int) -> torch.device:
 
 def set_up(model, compile_decode: bool, compile_prefill: bool) -> None:
     """Make every global setting, after loading, and compile what is to be compiled."""
-    tune_memory(model.device)
+    tune_memory(model.device, huge_pages=compile_decode)
     if (compile_decode or compile_prefill) and model.device.type == "cpu":
         check_compiler(model)
     if compile_prefill:
