@@ -16,15 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LADDER = ["kernels", "tp", "quantize", "model", "generate"]  # each may import those before it
 LOWER = LADDER[:-1]
 PLUMBING = ["checkpoint", "tokenizer", "requests", "prompts", "chat", "cli"]
-PLUMBING += [
-    "settings",
-    "defaults",
-    "backends",
-    "pipelines",
-    "sentencepieces",
-    "special_tokens",
-    "templates",
-]
+PLUMBING += ["settings", "backends", "pipelines", "sentencepieces", "special_tokens", "templates"]
 PLUMBING += ["outputs", "peers", "files", "sandbox", "interrupts", "defaults"]
 NO_ROOT = ["machine", "drafts"]
 
