@@ -90,7 +90,8 @@ class DraftModel:
             start = agreement(self.fed[slot], ids)
             if slots[slot] and start < len(ids) - 2:
                 engine.prefill(ids[:-2], slot, start)
-        drafts, sampler = [], sampler.fork()
+        sampler = sampler.fork()
+        drafts = []
         tokens = [ids[-2:] for ids in texts]  # the last but one may be a draft that nobody has fed
         for i in range(self.k):  # all on the device, which nobody waits for
             starts = [len(ids) + i - len(tokens[0]) for ids in texts]

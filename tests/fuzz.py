@@ -306,13 +306,16 @@ def prepare(folder: Path) -> None:
     """What is right, to be spoiled: a checkpoint, prompts, and the completions of the first one."""
     (folder / "checkpoint").mkdir(parents=True)
     write_checkpoint(folder / "checkpoint")
+    sampling = {"do_sample": True, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1}
+    path = folder / "checkpoint" / "generation_config.json"
+    write_json(path, json.loads(path.read_text()) | sampling)
     for name in ("special_tokens_map.json", "added_tokens.json"):
         write_json(folder / "checkpoint" / name, {})
     talk = [{"role": "user", "content": "dog"}, {"role": "assistant", "content": "fox"}]
     lines = [
         {"prompt": "the quick fox", "id": "a", "seed": 3, "stop": ["lazy", "dog"], "top_p": 0.9},
-        {"prompt": "the dog", "min_p": 0.1, "repetition_penalty": 1.2, "logit_bias": {"7": -2}},
         {"messages": [*talk, *talk[:1]], "temperature": 0, "max_new_tokens": 3, "top_k": 5},
+        {"prompt": "the dog", "min_p": 0.1, "repetition_penalty": 1.2, "logit_bias": {"7": -2}},
     ]
     lines[-1]["template_args"] = {"tools": [{"name": "f"}], "a": {"b": [1, "x"]}}
     lines[-1] = lines[-1] if folder.name == "chat" else {"prompt": "a dog", "temperature": 0}

@@ -172,10 +172,14 @@ def test_in_a_chat(stating, monkeypatch, capsys):
 
 
 def test_in_a_conversation(stating, monkeypatch, capsys):
+    """Which has no stats: it is told first, to who watches."""
     lines = iter(["fox", "/exit"])
+    told = []
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(cli, "progress", lambda *words, **options: told.append(words))
     (request,), _ = asked(monkeypatch, capsys, stating(OWN), "--interactive")
     assert sampling(request) == WANTED
+    assert any(WORDS in words[0] for words in told)
 
 
 def test_the_words_leave_json_alone(stating, monkeypatch, capsys):
