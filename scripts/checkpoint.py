@@ -120,7 +120,7 @@ def has_own_head(directory: Path) -> bool:
 def open_weights(directory: Path, shapes: dict) -> dict:
     """The tensors of a checkpoint by name, of which nothing is read until one is sliced. They are
     those that a model has, in their `shapes`, and no others, or a Refusal names the culprit."""
-    slices = taken_apart(open_tensors(directory), shapes)
+    slices = taken_apart(directory, open_tensors(directory), shapes)
     if not slices:
         raise Refusal(f"{directory}: no model.safetensors and no {INDEX}")
     if HEAD in slices and HEAD not in shapes:  # one table for both, by either name

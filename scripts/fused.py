@@ -1,6 +1,8 @@
 """What a checkpoint has as one tensor and a model as several: of Phi-3, queries, keys and values,
 and the two halves of a feed-forward network. Each part is cut for ranks, and quantized, alone."""
 
+from pathlib import Path
+
 from scripts.files import Refusal
 
 PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -23,7 +25,7 @@ class Rows:
         return self.whole[self.start : self.start + self.count][index]
 
 
-def taken_apart(slices: dict, shapes: dict) -> dict:
+def taken_apart(directory: Path, slices: dict, shapes: dict) -> dict:
     """The tensors of a checkpoint by name, with those that are fused by the names of their parts,
     where a model asks for these in its `shapes`. Raises Refusal for another number of rows."""
     found = dict(slices)
@@ -36,7 +38,8 @@ def taken_apart(slices: dict, shapes: dict) -> dict:
         counts = [shapes[part][0] for part in parts]
         if whole.get_shape()[:1] != [sum(counts)]:
             expected = f"{' + '.join(map(str, counts))} rows"
-            raise Refusal(f"tensor {name} is {whole.get_shape()}, expected {expected}")
+            what = f"tensor {name} is {whole.get_dtype()} {whole.get_shape()}"
+            raise Refusal(f"{directory}: {what}, expected {expected}")
         del found[name]
         start = 0
         for part, count in zip(parts, counts, strict=True):

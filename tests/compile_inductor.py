@@ -121,9 +121,10 @@ def trace_block(directory: str):
     nothing is computed."""
     path = Path(directory, "config.json")
     path.write_text(json.dumps(SETTINGS))
+    llama = read_config(path)
     mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        model = Transformer(read_config(path), OpaqueOps(), CARD, torch.bfloat16)
+        model = Transformer(llama, OpaqueOps(), CARD, torch.bfloat16)
         options = {"device": CARD, "dtype": torch.bfloat16}
         for layer in model.loaders:
             layer.load([torch.empty(shape, **options) for shape in layer.shapes.values()])

@@ -203,7 +203,7 @@ def test_a_fused_tensor_of_other_rows_is_refused(tmp_path, layer):
     name = f"model.layers.1.{layer}.weight"
     tensors[name] = tensors[name][:-1].clone()
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(Refusal, match=rf"tensor {name} is .*, expected .* \+ .* rows"):
+    with pytest.raises(Refusal, match=rf"{path}: tensor {name} is F32 .*, expected .* \+ .* rows"):
         load(path)
 
 

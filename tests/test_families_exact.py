@@ -1,19 +1,18 @@
 """What --deterministic promises, for the families of test_families.py: the same bits in chunks, in
-batches, with drafts, at two ranks and compiled."""
+batches, with drafts and at two ranks. Compiled: test_families_compiled.py."""
 
 from pathlib import Path
 
 import pytest
 import test_tp
 import torch
-from helpers import needs_compiler
 from safetensors.torch import load_file, save_file
 from test_families import FAMILIES, LONG, PARTS, SCALARS
 from test_quantize import answers, load, logits
 from test_tp import Ranks, printed_by_one
 
 from generate import Engine
-from scripts import families, machine, quantized
+from scripts import families, quantized
 from scripts.contract import HalfRight
 from scripts.requests import Request
 from scripts.tokenizer import Tokenizer
@@ -25,21 +24,32 @@ EXACT = {
     "smollm3": {"no_rope_layers": [1, 0]},
     "olmo2": {},
     "phi3": PARTS | {"rope_scaling": {"type": "longrope"} | LONG, "sliding_window": 40},
-    "gemma3": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 40},
+    "gemma3": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 40,
+        "rope_local_base_freq": 500.0,
+    },
     "granite": SCALARS,
 }
 MODES = {"int4": ["--quantize", "int4"], "fp32": ["--precision", "fp32"]}
 names = pytest.mark.parametrize("name", EXACT)
 
 
+def checkpoint(folder, name, **changes):
+    """A directory of a family; one of Phi-3 has fused tensors."""
+    known = {key: FAMILIES[name][key] for key in ("architectures", "model_type")}
+    test_tp.write_checkpoint(folder / name, **SHAPE | known | EXACT[name] | changes)
+    if name == "phi3":
+        fuse(folder / name)
+    return folder / name
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A checkpoint of each family, those of Phi-3 with fused tensors, which nobody changes."""
+    """A checkpoint of each, which nobody changes."""
     folder = tmp_path_factory.mktemp("families")
-    for name, changes in EXACT.items():
-        known = {key: FAMILIES[name][key] for key in ("architectures", "model_type")}
-        test_tp.write_checkpoint(folder / name, **SHAPE | known | changes)
-    fuse(folder / "phi3")
+    for name in EXACT:
+        checkpoint(folder, name)
     return folder
 
 
@@ -149,24 +159,3 @@ def test_a_norm_of_the_heads_of_all_ranks(folder, monkeypatch, ranks):
         other.append(torch.equal(x * root * norm.weight.view(heads, -1), want))
     families.tp.rank = 0
     assert not all(other)
-
-
-@needs_compiler
-@names
-def test_graphs_change_no_bits(folder, name):
-    """Of Gemma 3 also those of rounds with drafts."""
-    model = load(folder / name, "--deterministic", "--quantize", "int4")
-    want, _ = completed(model)
-    machine.set_up(model, True, False)
-    drafter = HalfRight(want, 3) if name == "gemma3" else None
-    assert completed(model, drafter)[0] == want
-
-
-@needs_compiler
-def test_a_compilers_own_exp_has_other_bits(folder, monkeypatch):
-    """The negative control: the GELU of Gemma 3 with an op that a compiler knows."""
-    monkeypatch.setattr(families, "exp", torch.exp)
-    model = load(folder / "gemma3", "--deterministic", "--precision", "fp32")
-    want, _ = completed(model)
-    machine.set_up(model, True, False)
-    assert completed(model)[0] != want
