@@ -262,10 +262,10 @@ class Transformer(nn.Module):
         length = config.max_position_embeddings + 64  # drafts may reach beyond the end
         self.kinds = {}  # of layers, by window: a table of angles and a mask
         for window, rope in config.ropes.items():
-            table = rope_table(config, rope, length).to(device)
             mask_mod = sliding_window(window) if window else causal
-            self.kinds[window] = (table, mask_mod)
+            self.kinds[window] = (rope_table(config, rope, length).to(device), mask_mod)
         self.decode = self.verify = self.prefill = self.stack  # to be compiled
+        self.decode_logits = self.logits
         self.graphed = False  # whether steps are CUDA graphs
 
     def make_head(self, name: str) -> Linear:
@@ -303,7 +303,8 @@ class Transformer(nn.Module):
             run = self.decode if decode else self.stack
         x = self.embed(tokens_BT).float()  # sums over layers in fp32: cheap, and much more precise
         x = run(self.layers, x, views, cache)
-        return self.logits(x[:, -1:] if last else x)
+        logits = self.decode_logits if decode else self.logits
+        return logits(x[:, -1:] if last else x)
 
     @staticmethod
     def stack(layers, x, views: list[tuple], cache: KVCache) -> Tensor:
@@ -313,7 +314,7 @@ class Transformer(nn.Module):
         return x
 
     def logits(self, x: Tensor) -> Tensor:
-        """Of what the last layer gives; to be compiled."""
+        """Of what the last layer gives."""
         logits_BTV = self.head(self.norm(x)).float()
         if self.ranks > 1:
             logits_BTV = tp.all_gather(logits_BTV).movedim(0, -2).flatten(-2)

@@ -233,9 +233,9 @@ def set_up(model, compile_decode: bool, compile_prefill: bool) -> None:
         check_compiler(model)
     if compile_prefill:
         model.prefill = compiled(model, [1], dynamic=True)
-    if compile_decode or compile_prefill:
-        model.logits = compiled_copy(type(model).logits, model, dynamic=True).__get__(model)
     if compile_decode:
+        logits = compiled_copy(type(model).logits, model)
+        model.decode_logits = logits.__get__(model)
         model.decode = compiled(model, [5, 6, 4])
         model.verify = compiled(model, [5, 6, 4])
         capturable = all(block.capturable for block in model.layers)

@@ -317,8 +317,8 @@ def prepare(folder: Path) -> None:
         {"messages": [*talk, *talk[:1]], "temperature": 0, "max_new_tokens": 3, "top_k": 5},
         {"prompt": "the dog", "min_p": 0.1, "repetition_penalty": 1.2, "logit_bias": {"7": -2}},
     ]
-    lines[-1]["template_args"] = {"tools": [{"name": "f"}], "a": {"b": [1, "x"]}}
-    lines[-1] = lines[-1] if folder.name == "chat" else {"prompt": "a dog", "temperature": 0}
+    lines[1]["template_args"] = {"tools": [{"name": "f"}], "a": {"b": [1, "x"]}}
+    lines[1] = lines[1] if folder.name == "chat" else {"prompt": "a dog", "temperature": 0}
     text = "".join(f"{json.dumps(line)}\n" for line in lines)
     if folder.name == "pieces":
         (folder / "checkpoint" / "tokenizer.json").unlink()

@@ -789,7 +789,8 @@ def test_a_repository_of_the_hub(tmp_path, peer):
         "",
         f"wrote {tmp_path / 'm'}\n",
     )
-    assert sorted(os.listdir(tmp_path / "m")) == sorted(WANTED)
+    files = [path for path in (tmp_path / "m").rglob("*") if path.is_file()]
+    assert sorted(str(path.relative_to(tmp_path / "m")) for path in files) == sorted(WANTED)
 
 
 SILENCE = "bytes have come in 0.8 seconds"

@@ -187,7 +187,7 @@ OPTIONS = [
 ]
 REQUESTS = []
 for i, length in enumerate(LENGTHS):
-    half = random_ids(length // 2 + 1, i)
+    half = random_ids(length // 2 + 1, 400 + i)
     ids = (half * 3)[:length]  # so that prompt lookup finds something
     REQUESTS.append(Request(i, "", ids, max_new_tokens=14, **OPTIONS[i % 5]))
 PENALIZED = [r for r in REQUESTS if r.repetition_penalty != 1]
