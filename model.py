@@ -68,14 +68,13 @@ class Layer(nn.Module):
     """A part of a model. Where `shapes` has checkpoint tensors by name, its `load` is given all, in
     that order, and returns the bytes that every step then reads."""
 
-    mode = None  # of quantization
-
     def __init__(self, model: "Transformer", shapes: dict | None = None):
         super().__init__()
         self.config = model.config
         self.ops = model.ops  # looked up at each call: a test may give a layer others
         self.device, self.dtype = model.device, model.dtype
         self.ranks = model.ranks
+        self.mode = None  # of quantization
         self.shapes = shapes or {}
         if shapes:
             model.loaders.append(self)
@@ -167,11 +166,11 @@ class Embedding(Layer):
 class FeedForward(Layer):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
-    def __init__(self, model, gate, up, down, inner: int, bias: bool):
+    def __init__(self, model, gate: str, up: str, down: str):
         super().__init__(model)
-        hidden = model.config.hidden_size
-        self.gate_up = Linear(model, {gate: inner, up: inner}, hidden, bias)
-        self.down = Linear(model, {down: hidden}, inner, bias, axis=1)
+        config, inner = model.config, model.config.intermediate_size
+        self.gate_up = Linear(model, {gate: inner, up: inner}, config.hidden_size, config.mlp_bias)
+        self.down = Linear(model, {down: config.hidden_size}, inner, config.mlp_bias, axis=1)
 
     def inner(self, x: Tensor) -> Tensor:
         return self.ops.silu_mul(self.gate_up(x))
@@ -187,6 +186,7 @@ class Block(Layer):
     capturable = True  # whether a CUDA graph can hold it: nothing in it waits for the device
     rotary = True  # whether its queries and keys know of positions
     norm, embedding = RMSNorm, Embedding  # classes, for all of the model
+    feed_forward = FeedForward
     norms = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 
     def __init__(self, model, index: int):
@@ -208,7 +208,7 @@ class Block(Layer):
 
     def make_ffn(self, model, prefix: str) -> Layer:
         names = (f"{prefix}.mlp.{name}_proj" for name in ("gate", "up", "down"))
-        return FeedForward(model, *names, model.config.intermediate_size, model.config.mlp_bias)
+        return self.feed_forward(model, *names)
 
     def forward(self, x: Tensor, *view) -> Tensor:
         """fp32 [B, T, hidden_size]; `view` is what `attend` takes beside its input."""

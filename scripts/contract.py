@@ -252,10 +252,9 @@ def noise_by_row(key_B2: Tensor, pos_B: Tensor, ids_BK: Tensor) -> Tensor:
     return gumbel(key_B2 + rows[:, None], pos_B, ids_BK)
 
 
-SOME_LEAVES = "leaves for several rows only"
 CONTROLS = {  # the op table and the noise that break a rule
     "F.linear with no tiles, leaves or probe": (PlainLinear(), gumbel),
-    SOME_LEAVES: (LeavesForSeveralRows(), gumbel),
+    "leaves for several rows only": (LeavesForSeveralRows(), gumbel),
     "is_causal for whole prompts": (CausalFlag(), gumbel),
     "noise by row": (BATCH_INVARIANT, noise_by_row),
 }
@@ -269,20 +268,22 @@ def follow(model: Transformer, ops: Fast, noise=gumbel) -> None:
             module.ops = ops
 
 
-def controls(model: Transformer, requests: list[Request]) -> Iterator[Row]:
-    """For each rule broken, what differs from the answers alone of a model that breaks it too."""
+def controls(args, model: Transformer, requests: list[Request]) -> Iterator[Row]:
+    """For each rule broken, what differs from the answers alone of a model that breaks it too.
+    Under torchrun, that is one process as well: a rank's share of a sum may be too short for a
+    product's bits to depend on the number of rows."""
     ops = model.ops
+    whole = model
+    if tp.world > 1:
+        whole, _ = generate.load(args, 1)
     some = []
     for request in requests[1:5]:
         temperature = 1.5 * request.temperature
         some.append(replace(request, temperature=temperature, max_new_tokens=8))
     for name, broken in CONTROLS.items():
-        if name == SOME_LEAVES and tp.world > 1:
-            # A rank may have but one leaf. That ranks differ from one process with the flag off
-            # stands for it.
-            continue
+        follow(whole, *broken)
         follow(model, *broken)
-        alone = dict(complete(model, some))
+        alone = dict(complete(whole, some))
         answers = complete(model, some, slots=4) + complete(model, some, prefill_chunk=7)
         yield (name, *tally(alone, answers))
     follow(model, ops)

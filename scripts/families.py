@@ -2,18 +2,18 @@
 differ, entered into model.FAMILIES."""
 
 import functools
-import math
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import tp
-from kernels import InputError, Packed, exp, opaque_linear
+from kernels import InputError, Packed, opaque_linear
 from model import FAMILIES, Block, Embedding, FeedForward, Layer, Linear, RMSNorm
+from scripts.activations import GeluFeedForward
 
 UNBIASED = {"attention_bias": False, "mlp_bias": False}
+WINDOWED = {"use_sliding_window": True, "mlp_bias": False}
 ALIKE = {"max_window_layers": 0, "layer_types": None}  # all layers have the window, or none
 
 
@@ -22,7 +22,7 @@ class Mixture(Layer):
     finds likeliest for a token, of a tie the first, times their probabilities. A graph sees one
     opaque op."""
 
-    def __init__(self, model, prefix: str, names: tuple[str, str, str], inner: int):
+    def __init__(self, model, prefix: str, names: tuple[str, str, str]):
         super().__init__(model)
         config = model.config
         count = config.settings["num_experts"]
@@ -36,7 +36,7 @@ class Mixture(Layer):
         self.router = Linear(model, outputs, config.hidden_size, unit=count, config=plain)
         self.router.dtype = torch.float32
         experts = ([f"{prefix}.experts.{i}.{name}" for name in names] for i in range(count))
-        self.experts = torch.nn.ModuleList(FeedForward(model, *e, inner, False) for e in experts)
+        self.experts = torch.nn.ModuleList(FeedForward(model, *e) for e in experts)
         self.handle = torch.tensor(next(Packed.handles))
         Packed.table[self.handle.item()] = self
 
@@ -78,8 +78,7 @@ class MixtralBlock(Block):
     capturable = False  # which experts are chosen is asked of the device
 
     def make_ffn(self, model, prefix: str) -> Mixture:
-        names = ("w1", "w3", "w2")
-        return Mixture(model, f"{prefix}.block_sparse_moe", names, model.config.intermediate_size)
+        return Mixture(model, f"{prefix}.block_sparse_moe", ("w1", "w3", "w2"))
 
 
 class Qwen3MoeBlock(Block):
@@ -90,8 +89,7 @@ class Qwen3MoeBlock(Block):
         for name, expected in (("mlp_only_layers", []), ("decoder_sparse_step", 1)):
             if (found := settings.get(name, expected)) != expected:
                 raise InputError(f"{name} {found} is not supported, expected {expected}")
-        names = ("gate_proj", "up_proj", "down_proj")
-        return Mixture(model, f"{prefix}.mlp", names, model.config.intermediate_size)
+        return Mixture(model, f"{prefix}.mlp", ("gate_proj", "up_proj", "down_proj"))
 
 
 class SmolLM3Block(Block):
@@ -150,25 +148,11 @@ class GemmaEmbedding(Embedding):
         return super().forward(tokens_BT) * root
 
 
-class GeluFeedForward(FeedForward):
-    """GEGLU: down(gelu(gate(x)) * up(x)) (Shazeer 2020), with the tanh form of GELU (Hendrycks and
-    Gimpel 2016)."""
-
-    def inner(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up(x)
-        gate, up = gate_up.chunk(2, dim=-1)
-        if not self.ops.exact:
-            return F.gelu(gate, approximate="tanh") * up
-        gate, up = gate.float(), up.float()
-        # (1 + tanh u) / 2 = 1 / (1 + exp(-2 u)), of which exp is opaque to a compiler.
-        twice_u = (gate + gate * gate * gate * 0.044715) * math.sqrt(8 / math.pi)
-        return (gate / (exp(-twice_u) + 1) * up).to(gate_up.dtype)
-
-
 class Gemma3Block(Block):
     """Norms before and after, two kinds of layers with a RoPE each (Gemma team 2025)."""
 
     norm, embedding = GemmaNorm, GemmaEmbedding
+    feed_forward = GeluFeedForward
     norms = {
         "attention_norm": "input_layernorm",
         "after_attention": "post_attention_layernorm",
@@ -179,10 +163,6 @@ class Gemma3Block(Block):
     def __init__(self, model, index: int):
         super().__init__(model, index)
         self.scale = model.config.settings["query_pre_attn_scalar"] ** -0.5
-
-    def make_ffn(self, model, prefix: str) -> GeluFeedForward:
-        names = (f"{prefix}.mlp.{name}_proj" for name in ("gate", "up", "down"))
-        return GeluFeedForward(model, *names, model.config.intermediate_size, False)
 
     def forward(self, x: Tensor, *view) -> Tensor:
         x = x + self.after_attention(self.attend(self.attention_norm(x), *view))
@@ -221,20 +201,17 @@ class GraniteBlock(Block):
         return x + y.float() * self.multiplier
 
 
-FAMILIES["MistralForCausalLM"] = (Block, {"use_sliding_window": True} | UNBIASED | ALIKE)
+FAMILIES["MistralForCausalLM"] = (Block, WINDOWED | UNBIASED | ALIKE)
 FAMILIES["Qwen2ForCausalLM"] = (Block, UNBIASED | {"qkv_bias": True})
 FAMILIES["Qwen3ForCausalLM"] = (Block, {"qk_norm": True, "mlp_bias": False})
-FAMILIES["Phi3ForCausalLM"] = (Block, {"use_sliding_window": True} | UNBIASED | ALIKE)
+FAMILIES["Phi3ForCausalLM"] = (Block, WINDOWED | UNBIASED | ALIKE)
 FAMILIES["SmolLM3ForCausalLM"] = (SmolLM3Block, {})
 FAMILIES["Olmo2ForCausalLM"] = (Olmo2Block, {"use_sliding_window": False, "mlp_bias": False})
-FAMILIES["Gemma3ForCausalLM"] = (
-    Gemma3Block,
-    {"use_sliding_window": True, "qk_norm": True, "mlp_bias": False},
-)
+FAMILIES["Gemma3ForCausalLM"] = (Gemma3Block, WINDOWED | {"qk_norm": True})
 FAMILIES["GraniteForCausalLM"] = (GraniteBlock, {"use_sliding_window": False})
 FAMILIES["MixtralForCausalLM"] = (
     MixtralBlock,
-    {"use_sliding_window": True, "norm_topk_prob": True} | UNBIASED | ALIKE,
+    WINDOWED | UNBIASED | ALIKE | {"norm_topk_prob": True},
 )
 FAMILIES["Qwen3MoeForCausalLM"] = (
     Qwen3MoeBlock,

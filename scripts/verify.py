@@ -38,7 +38,7 @@ def main() -> int:
     print(
         "\n| a rule broken on purpose, the flag on | differ of compared, first token |\n|---|---|"
     )
-    for name, found, differs in contract.controls(model, requests):
+    for name, found, differs in contract.controls(args, model, requests):
         print(f"| {name} | {found} |", flush=True)
         failed = failed or not differs
 

@@ -7,7 +7,7 @@ from helpers import needs_compiler
 from test_families_exact import EXACT, checkpoint, completed
 from test_quantize import load
 
-from scripts import families, machine
+from scripts import activations, machine
 from scripts.contract import HalfRight
 
 pytestmark = needs_compiler
@@ -27,7 +27,7 @@ def test_graphs_change_no_bits(tmp_path, name):
 
 def test_a_compilers_own_exp_has_other_bits(tmp_path, monkeypatch):
     """The negative control: the GELU of Gemma 3 with an op that a compiler knows."""
-    monkeypatch.setattr(families, "exp", torch.exp)
+    monkeypatch.setattr(activations, "exp", torch.exp)
     shape = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
     path = checkpoint(tmp_path, "gemma3", **shape)
     model = load(path, "--deterministic", "--precision", "fp32")
