@@ -1,6 +1,6 @@
-"""The commands of the README, as a newcomer would paste them. The first two, which set up, are what
-.ci/run runs; the others run here, word for word, in a copy of the tree whose default model is a
-tiny one."""
+"""The commands of README and docs, as a newcomer would paste them. The first two, which set up, are
+what .ci/run runs; the others run here, word for word, in a copy of the tree whose default model is
+a tiny one. So do the experiments of docs/numerics.md."""
 
 import json
 import os
@@ -15,10 +15,20 @@ from helpers import write_checkpoint, write_json, write_weights
 from test_download import write_gguf
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-LINES = [line for block in BLOCKS for line in block.splitlines()]
-COMMANDS = [line.partition("  #")[0].strip() for line in LINES]
-COMMANDS = [line for line in COMMANDS if line.startswith(("python ", "torchrun "))]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "usage.md", *sorted(ROOT.glob("docs/*.md"))]
+BLOCK = re.compile(r"^```\n(.*?)^```", re.M | re.S)
+EXPERIMENT = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
+
+
+def commands_of(path: Path) -> list[str]:
+    """What a page has in blocks of its own, without the words that explain it."""
+    lines = []
+    for block in BLOCK.findall(path.read_text()):
+        lines += [line.partition("  #")[0].strip() for line in block.splitlines()]
+    return [line for line in lines if line.startswith(("python ", "torchrun ", "bash "))]
+
+
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
 ELSEWHERE = {
     "python scripts/verify.py": "takes minutes",
     "python scripts/download.py org/name": "needs the network",
@@ -62,7 +72,19 @@ def tree(tmp_path_factory):
 def test_the_readme_has_commands():
     assert len(COMMANDS) > 15
     assert set(COMMANDS) > {*ELSEWHERE, *NOT_COMPILED}
-    assert len([line for line in LINES if line.startswith("python3 -m venv")]) == 2
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len([line for line in lines if line.startswith("python3 -m venv")]) == 2
+    assert len(lines) <= 150
+
+
+def test_the_experiments_run(tmp_path):
+    """All in one process, as they are; what they count depends on the machine."""
+    blocks = EXPERIMENT.findall((ROOT / "docs" / "numerics.md").read_text())
+    path = tmp_path / "experiments.py"
+    path.write_text("\n".join(blocks))
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(blocks) > 4
 
 
 def test_every_command_runs(tree):
