@@ -28,13 +28,16 @@ def commands_of(path: Path) -> list[str]:
     return [line for line in lines if line.startswith(("python ", "torchrun ", "bash "))]
 
 
+def is_slow(command: str) -> bool:
+    """Whether it compiles, or starts processes that do what others have done."""
+    return "--compile" in command or command.startswith("torchrun")
+
+
 COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
 ELSEWHERE = {
     "python scripts/verify.py": "takes minutes",
     "python scripts/download.py org/name": "needs the network",
 }
-# Two more compilations would show nothing new.
-NOT_COMPILED = ["python scripts/bench.py --compile --deterministic"]
 SHAPE = {  # which three processes can share
     "num_hidden_layers": 1,
     "hidden_size": 96,
@@ -71,7 +74,8 @@ def tree(tmp_path_factory):
 
 def test_the_readme_has_commands():
     assert len(COMMANDS) > 15
-    assert set(COMMANDS) > {*ELSEWHERE, *NOT_COMPILED}
+    assert set(COMMANDS) > ELSEWHERE.keys()
+    assert 2 < sum(map(is_slow, COMMANDS)) < len(COMMANDS) / 2
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len([line for line in lines if line.startswith("python3 -m venv")]) == 2
     assert len(lines) <= 150
@@ -87,19 +91,26 @@ def test_the_experiments_run(tmp_path):
     assert len(done.stdout.splitlines()) == len(blocks) > 4
 
 
-def test_every_command_runs(tree):
-    """In the order of the README, as one makes the file that the next one reads."""
+def run(command: str, tree: Path) -> None:
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     env = os.environ | {"PATH": path, "HOME": str(tree / "home"), "OMP_NUM_THREADS": "1"}
     options = {"input": "hello\n/exit\n", "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(["bash", "-c", command], cwd=tree, env=env, **options)
+    assert done.returncode == 0, (command, done.stderr)
+    assert "Traceback" not in done.stderr and done.stdout + done.stderr, command
+
+
+def test_every_quick_command_runs(tree):
+    """In the order of the pages, as one makes the file that the next one reads."""
     for command in COMMANDS:
-        if command in ELSEWHERE:
-            continue
-        if command in NOT_COMPILED:
-            command = command.replace(" --compile", "")
-        done = subprocess.run(["bash", "-c", command], cwd=tree, env=env, **options)
-        assert done.returncode == 0, (command, done.stderr)
-        assert "Traceback" not in done.stderr and done.stdout + done.stderr, command
+        if command not in ELSEWHERE and not is_slow(command):
+            run(command, tree)
     lines = [json.loads(line) for line in (tree / "done.jsonl").read_text().splitlines()]
     assert {line["id"] for line in lines if "id" in line} == {0, 1}
     assert (tree / "checkpoints" / "model" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if is_slow(c)])
+def test_a_slow_command_runs(tree, command):
+    run(command, tree)
