@@ -55,7 +55,8 @@ class Server:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
         # In a group of its own, with the compilers that it starts. A Ctrl-C does not meet it there,
         # and where this process is killed, it reads the end of its orders.
-        self.process = subprocess.Popen(argv, text=True, process_group=0, **pipes)
+        text = {"encoding": "utf-8", "errors": "replace"}
+        self.process = subprocess.Popen(argv, process_group=0, **pipes, **text)
 
     def __enter__(self) -> "Server":
         return self
