@@ -114,6 +114,7 @@ def open_part(path: Path, i: int, count: int):
 def open_gguf(path: str) -> tuple:
     """A reader and the metadata by key. Raises Refusal for what is no GGUF or ends too early."""
     import gguf
+    import numpy
 
     class Reader(gguf.GGUFReader):
         parts = 0
@@ -121,11 +122,11 @@ def open_gguf(path: str) -> tuple:
         def _get(self, offset, dtype, count=1, override_order=None):
             """At the end of a file the original gives nothing, and would go on for as long as a
             broken number says."""
-            found = super()._get(offset, dtype, count, override_order)
             self.parts += 1
-            if len(found) < count or self.parts > MOST_PARTS:
+            end = int(offset) + numpy.dtype(dtype).itemsize * int(count)
+            if end > len(self.data) or self.parts > MOST_PARTS:
                 raise ValueError("it ends too early or says that it holds too much")
-            return found
+            return super()._get(offset, dtype, count, override_order)
 
     wrong = (LookupError, TypeError, ValueError, ArithmeticError, RecursionError)
     try:
