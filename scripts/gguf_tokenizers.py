@@ -10,15 +10,22 @@ LLAMA3_WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 KINDS = range(1, 7)  # in tokenizer.ggml.token_type, as sentencepiece has them
-UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6
+UNKNOWN = 2
+CONTROL = 3
+USER_DEFINED = 4
+UNUSED = 5
+BYTE = 6
 BPE = 2  # as sentencepiece counts kinds of models
 # Numbers of fields in sentencepiece_model.proto.
-PIECES, TRAINER, NORMALIZER = 1, 2, 3
-TEXT, SCORE, KIND = 1, 2, 3  # of a piece
+PIECES = 1
+TRAINER = 2
+NORMALIZER = 3
+PIECE = {"text": 1, "score": 2, "kind": 3}
 MODEL_TYPE, BYTE_FALLBACK = 3, 35  # of the trainer
 IDS = {"unknown": (40, 45), "bos": (41, 46), "eos": (42, 47)}  # and of the texts of these
 NAME, REMOVE_EXTRA_BLANKS = 1, 4  # of the normalizer
 
+PREFIX = "tokenizer.ggml."
 KNOWN = ["model", "pre", "tokens", "token_type", "scores", "merges", "add_space_prefix"]
 KNOWN += ["add_bos_token", "add_eos_token", "token_type_count"]
 WITHOUT_EFFECT = {"add_sep_token": False, "remove_extra_whitespaces": False}
@@ -74,30 +81,36 @@ def tokenizer_files(meta: dict, model_type: str, rows: int) -> dict[str, dict | 
 def check(meta: dict, rows: int) -> dict:
     """The metadata of the tokenizer by the last word of their keys. Raises Refusal for those that
     are not known, or do not fit each other."""
-    prefix = "tokenizer.ggml."
-    given = {k.removeprefix(prefix): v for k, v in meta.items() if k.startswith(prefix)}
+    given = {}
+    for key, value in meta.items():
+        if key.startswith(PREFIX):
+            given[key.removeprefix(PREFIX)] = value
     one_of("model", given, ["gpt2", "llama"])
     for name, value in given.items():
         if name not in KNOWN and not name.endswith("_token_id"):
             if name not in WITHOUT_EFFECT or WITHOUT_EFFECT[name] != value:
-                raise Refusal(f"{prefix}{name} {value!r:.60} is not supported")
+                raise Refusal(f"{PREFIX}{name} {value!r:.60} is not supported")
     for name in ("add_bos_token", "add_eos_token", "add_space_prefix"):
         if given.get(name) not in (None, True, False):
-            raise Refusal(f"{prefix}{name} is {given[name]!r:.60}, expected true or false")
-    needed = ["tokens", "token_type", "scores" if given["model"] == "llama" else "merges"]
-    for name in needed:
+            raise Refusal(f"{PREFIX}{name} is {given[name]!r:.60}, expected true or false")
+    check_entries(given, rows)
+    return given
+
+
+def check_entries(given: dict, rows: int) -> None:
+    """Raise Refusal where there is not one of each for each row."""
+    for name in ["tokens", "token_type", "scores" if given["model"] == "llama" else "merges"]:
         if name not in given:
-            raise KeyError(f"{prefix}{name}")
+            raise KeyError(f"{PREFIX}{name}")
         values = given[name]
-        if not isinstance(values, list) or name != "merges" and len(values) != rows:
-            count = len(values) if isinstance(values, list) else "no list of"
-            raise Refusal(f"{prefix}{name} has {count} entries, expected {rows}, a row each")
+        count = len(values) if isinstance(values, list) else "no list of"
+        if count != rows and (name != "merges" or count == "no list of"):
+            raise Refusal(f"{PREFIX}{name} has {count} entries, expected {rows}, a row each")
     tokens, kinds = given["tokens"], given["token_type"]
     if not all(isinstance(token, str) for token in tokens) or len(set(tokens)) != rows:
-        raise Refusal(f"{prefix}tokens are not different texts")
+        raise Refusal(f"{PREFIX}tokens are not different texts")
     if not all(type(kind) is int and kind in KINDS for kind in kinds):
-        raise Refusal(f"{prefix}token_type has other than 1 to 6")
-    return given
+        raise Refusal(f"{PREFIX}token_type has other than 1 to 6")
 
 
 def one_of(name: str, given: dict, known: list) -> None:
@@ -218,7 +231,9 @@ def sentencepiece_model(given: dict) -> bytes:
     pieces = zip(given["tokens"], given["scores"], given["token_type"], strict=True)
     fields = []
     for text, score, kind in pieces:
-        fields.append((PIECES, message([(TEXT, text), (SCORE, float(score)), (KIND, kind)])))
+        values = {"text": text, "score": float(score), "kind": kind}
+        piece = [(PIECE[name], value) for name, value in values.items()]
+        fields.append((PIECES, message(piece)))
     trainer = [(MODEL_TYPE, BPE), (BYTE_FALLBACK, int(BYTE in given["token_type"]))]
     ids = {"unknown": unknown(given)}
     ids |= {name: token_id(given, name) for name in ("bos", "eos") if f"{name}_token_id" in given}
