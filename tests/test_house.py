@@ -19,6 +19,7 @@ PLUMBING = ["checkpoint", "tokenizer", "requests", "prompts", "chat", "cli"]
 PLUMBING += ["settings", "backends", "pipelines", "sentencepieces", "special_tokens", "templates"]
 PLUMBING += ["outputs", "peers", "files", "sandbox", "interrupts", "defaults", "jobs", "fused"]
 PLUMBING += ["rope_settings", "hardware", "tables", "turns", "plot", "picture"]
+PLUMBING += ["gguf_models", "gguf_tokenizers"]
 NO_ROOT = ["machine", "drafts"]
 
 
