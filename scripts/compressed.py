@@ -62,7 +62,7 @@ def pack_quantized(config: dict) -> Callable[[Layer], Weight]:
         shape = layer.take("weight_shape", ["I64", "I32"], (2,))[:].tolist()
         if shape != [N, K]:
             raise Refusal(f"{layer.stem}.weight_shape says {shape}, expected {[N, K]} of its codes")
-        group = size or K
+        group = min(size or K, K)
         scale = layer.take("weight_scale", FLOATS, (N, -(-K // group)))
         zeros = None
         if not symmetric:
@@ -112,8 +112,8 @@ def in_blocks(layer: Layer, dtype: str, block: tuple | None, *grids: str) -> Wei
     """A weight that has a byte a number, and a scale and perhaps a zero for each block, or one."""
     weight = layer.take("weight", [dtype])
     N, K = weight.get_shape()
-    rows, group = block or (N, K)
-    group = group or K
+    rows, columns = block or (N, K)
+    rows, group = min(rows, N), min(columns or K, K)
     counts = (-(-N // rows), -(-K // group))
     shapes = [counts] if block else [(), (1,), (1, 1)]
     if block == (1, None):

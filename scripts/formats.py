@@ -33,7 +33,7 @@ def awq(config: dict) -> Callable[[Layer], Weight]:
     def weight(layer: Layer) -> Weight:
         qweight = layer.take("qweight", ["I32"])
         K, words = qweight.get_shape()
-        N, group = 8 * words, size or K
+        N, group = 8 * words, min(size or K, K)
         qzeros = layer.take("qzeros", ["I32"], (K // group, words))
         scales = layer.take("scales", FLOATS, (K // group, N))
 
@@ -65,7 +65,7 @@ def gptq(config: dict) -> Callable[[Layer], Weight]:
         qweight = layer.take("qweight", ["I32"])
         words, N = qweight.get_shape()
         K = 32 // bits * words
-        group = size or K
+        group = min(size or K, K)
         groups = -(-K // group)
         qzeros = layer.take("qzeros", ["I32"], (groups, -(-N * bits // 32)))
         scales = layer.take("scales", FLOATS, (groups, N))
@@ -102,10 +102,11 @@ def mlx(config: dict) -> Callable[[Layer], Weight]:
         own = config | json_object(config, layer.stem)
         chosen(own, "mode", ["affine"], "affine")
         bits = chosen(own, "bits", [4, 8])
-        group = group_in(own) or 64
+        size = group_in(own) or 64
         packed = layer.take("weight", ["U32"])
         N, words = packed.get_shape()
         K = 32 // bits * words
+        group = min(size, K)
         scales = layer.take("scales", FLOATS, (N, K // group))
         biases = layer.take("biases", FLOATS, (N, K // group))
 
