@@ -22,7 +22,7 @@ from scripts.directories import check_finite, copy_files
 from scripts.files import Refusal, refusing
 from scripts.fused import Rows
 
-SHARD = 1 << 28  # bytes of a file, or of one layer where that is larger
+SHARD = 1 << 27  # bytes of a file, or of one layer where that is larger
 BLOCK = 1 << 22  # weights that are floats at a time
 GROUPS = (128, 64, 32)  # of int4, the best first
 # Of activations and the cache, which stay floats.

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import train_bpe, write_json
-from packers import AWQ, FORMATS, GPTQ, awq, float8, mlx, of_int, packed
+from packers import AWQ, FORMATS, GPTQ, awq, float8, mlx, of_int, packed, words_of
 from safetensors.torch import load_file, save_file
 from test_download import Peer, page, run_script
 from test_tp import Ranks, lines
@@ -213,6 +213,18 @@ def test_compressed_tensors_packs_alike(name):
     assert torch.equal(found, want)
     other = pack(w.flip(0), **options)[1]
     assert not torch.equal(found, other)
+
+
+def test_a_zero_that_borrowed(tmp_path):
+    """In the format gptq, 1 is taken from each zero of a word at once: a zero of 0 borrows from the
+    next one, and gets it back. The control is a zero of 0 that wraps alone."""
+    tensors, _ = packed_tensors("gptq_v2")
+    zeros = torch.tensor([[0, 5, 7, 0, 0, 9, 1, 15] * 16] * 3)
+    words = words_of(zeros, 4).long()
+    tensors[f"{PART}.qzeros"] = (words - 0x11111111).int()
+    found, _ = converted_of(tmp_path, tensors, GPTQ | {"checkpoint_format": "gptq"})
+    assert torch.equal(found[f"{PART}.zero"].long(), zeros.t())
+    assert not torch.equal(words_of((zeros - 1) % 16, 4), tensors[f"{PART}.qzeros"])
 
 
 # ---- text
@@ -505,7 +517,9 @@ def test_other_directories_are_refused(tmp_path, monkeypatch, capsys, made):
     plain = write_directory(tmp_path / "plain", packed_tensors("awq")[0], None)
     (tmp_path / "empty").mkdir()
     before = sorted(os.listdir(tmp_path))
-    for path in (plain, made("awq")[1], tmp_path / "empty"):
+    ours = made("awq")[1]
+    capsys.readouterr()
+    for path in (plain, ours, tmp_path / "empty"):
         status, said = run_script(monkeypatch, capsys, path, "--out", tmp_path / "new")
         assert (status, len(said)) == (2, 1) and said[0].startswith("error: "), said
     status, said = run_script(monkeypatch, capsys, made("awq")[0])
