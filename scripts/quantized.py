@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from kernels import FAST
 from model import Layer, ModelConfig, Transformer
 from scripts import checkpoint, cli, loading, outputs
 from scripts.checkpoint import Refusal, refusing
+from scripts.directories import check_finite, copy_files
 
 SHARD = 1 << 30  # bytes of a file, or of one layer where that is larger
 
@@ -64,29 +64,11 @@ def write_weights(model: Transformer, source: Path, slices: dict, work: Path) ->
             shard, files = {}, files + 1
 
 
-def check_finite(stored: dict[str, torch.Tensor], tensor: str) -> None:
-    """Raise Refusal where a number is none, or the scale of a group with such a number in it."""
-    for part in stored.values():
-        is_code = part.dtype.itemsize == 1
-        if not is_code and not torch.stack(part.aminmax()).isfinite().all():
-            raise Refusal(f"{tensor} has NaN, inf or numbers too large, expected finite ones")
-
-
 def stored_tensors(layer: Layer, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     if tensor.dim() < 2 or layer.mode is None:
         return {name: tensor}
     kinds = quantize.quantized(layer.mode, tensor, layer.group_size)
     return {name.removesuffix("weight") + kind: part for kind, part in kinds.items()}
-
-
-def copy_files(source: Path, work: Path) -> None:
-    """Those beside the weights: what is in them, for they may be closed to writing."""
-    for pattern in ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja"):
-        for path in source.glob(pattern):
-            if path.name not in ("config.json", checkpoint.INDEX) and path.is_file():
-                copy = work / path.relative_to(source)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copy)
 
 
 def write_config(source: Path, work: Path, config: ModelConfig) -> None:
@@ -119,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.group("of this command")
-    parser.path("--checkpoint_path", "DIR", "what to quantize (the default model)")
+    parser.checkpoint("--checkpoint_path", "what to quantize (the default model)")
     modes = ",".join(quantize.LINEARS)
     text = "of the linear layers; needed"
     parser.add("--mode", type=known_mode, required=True, metavar=f"{{{modes}}}", help=text)
