@@ -279,7 +279,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.path("--checkpoint_path", "DIR", "what to quantize (the default model)")
     text = "weights that share a scale (%(default)s)"
     parser.add("--group_size", type=int, choices=cli.GROUP_SIZES, default=64, help=text)
-    parser.number("--tokens", 32768, "of the text that are used; more take longer")
+    parser.number("--tokens", 16384, "of the text that are used; more take longer")
     parser.add("--out", type=quantized.named, metavar="NEW", help="what to make (DIR-gptq-gN)")
     return parser.parse_args(argv)
 
