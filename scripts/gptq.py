@@ -33,6 +33,7 @@ from kernels import Fast, Packed
 from model import Block, Layer, Linear, Transformer
 from scripts import checkpoint, cli, loading, machine, quantized
 from scripts.defaults import check_range
+from scripts.directories import check_finite
 from scripts.files import Refusal, read_stream, text_of
 from scripts.tokenizer import Tokenizer
 
@@ -199,7 +200,7 @@ def calibrate(block: Block, x_BTD: Tensor, view: tuple, source: Path, slices: di
         tensors |= {name: slices[name][:] for name in layer.shapes}
         layer.load([tensors[name] for name in layer.shapes])
     for name, tensor in tensors.items():
-        quantized.check_finite({name: tensor}, f"{source}: tensor {name}")
+        check_finite({name: tensor}, f"{source}: tensor {name}")
 
     hessians = block.ops.hessians
     for linear in linears:
@@ -228,7 +229,7 @@ def calibrate_linear(linear: Linear, tensors: dict, hessian: Tensor, source: Pat
     for kind, part in parts.items():
         for name, own in zip(names, part.split(rows), strict=True):
             stored[name.removesuffix("weight") + kind] = own.clone()  # a file shares no memory
-    quantized.check_finite(stored, f"{source}: tensor {names[0]}")
+    check_finite(stored, f"{source}: tensor {names[0]}")
     return stored
 
 

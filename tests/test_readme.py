@@ -37,6 +37,8 @@ COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_
 ELSEWHERE = {
     "python scripts/verify.py": "takes minutes",
     "python scripts/download.py org/name": "needs the network",
+    "python generate.py --checkpoint_path org/name": "needs the network",
+    "python scripts/download.py AWQ --out converted": "tests/test_published.py packs one",
 }
 SHAPE = {  # which three processes can share
     "num_hidden_layers": 1,
@@ -68,6 +70,7 @@ def tree(tmp_path_factory):
     )
     for name in ("notes.txt", "book.txt"):
         (tree / name).write_text("The lazy dog jumps over the other fox.\n" * 5)
+    (tree / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 1500)
     write_gguf(tree / "model.gguf")
     return tree
 
