@@ -76,7 +76,9 @@ def open_parts(path: str) -> tuple[dict, dict]:
     reader, meta = open_gguf(path)
     count = meta.get("split.count", 1)
     readers = [reader]
-    if count != 1:
+    if type(count) is not int or count < 1:
+        raise Refusal(f"split.count is {count!r:.60}, expected an integer, 1 or more")
+    if count > 1:
         name = PART_OF.fullmatch(Path(path).name)
         if meta.get("split.no") != 0 or not name or int(name[2]) != 1 or int(name[3]) != count:
             expected = f"expected the first, called NAME-00001-of-{count:05}.gguf"
@@ -174,7 +176,8 @@ class Rounding:
         self.squares = 0.0  # of the numbers themselves
 
     def add(self, before, after) -> None:
-        """Tensors of floats."""
+        """Tensors of floats, of which the squares of some would be too large or too small."""
+        before, after = before.double(), after.double()
         change = after - before
         self.worst = max(self.worst, change.abs().max().item())
         self.changes += change.square().sum().item()

@@ -861,3 +861,12 @@ def test_tensors_in_one_another(tmp_path, monkeypatch, capsys):
     place = content.index(second) + len(second) + 4 + 8 * tensors[second.decode()].ndim + 4
     path.write_bytes(content[:place] + bytes(8) + content[place + 8 :])
     assert_refused(tmp_path, monkeypatch, capsys, path, "begins within another one")
+
+
+@pytest.mark.parametrize("count", [0, "3", 2**31])
+def test_a_number_of_parts_that_is_none(tmp_path, monkeypatch, capsys, count):
+    meta = metadata("llama") | TOKENIZER | {"split.count": count, "split.no": 0}
+    tensors = gguf_tensors(make("Llama"), "llama")
+    path = write(tmp_path / "m-00001-of-00003.gguf", "llama", tensors, meta)
+    word = "a part of a model of" if count == 2**31 else f"split.count is {count!r}"
+    assert_refused(tmp_path, monkeypatch, capsys, path, word)
