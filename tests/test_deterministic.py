@@ -418,7 +418,7 @@ class Case:
         rows = torch.arange(len(starts))[:, None]
         q, k, v = (x[rows, pos] for x in (self.q, self.k, self.v))
         heads_GR = torch.arange(q.shape[2]).view(k.shape[2], -1)
-        mask = ops.mask(self.mask_mod, pos, span, heads_GR, q.dtype)
+        mask = ops.mask(self.mask_mod, pos, span, heads_GR, cache[0])
         return ops.attention(q, k, v, *cache, pos, mask, q.shape[-1] ** -0.5)
 
     def run(self, ops, sizes=None, extra=0):
