@@ -103,8 +103,8 @@ class Int4Linear(Packed):
             width = high * most - low * least
             scale = (width / 15).clamp(min=1e-30).bfloat16()
             zero = (-low * least / scale).half()
-            codes = (w / scale + zero).round().clamp(0, 15)
-            error = (w - (codes - zero) * scale).square().sum(-1, keepdim=True)
+            codes = (w / scale).add_(zero).round_().clamp_(0, 15)
+            error = (codes - zero).mul_(scale).sub_(w).square_().sum(-1, keepdim=True)
             found = [error, codes, scale, zero]
             if best is None:
                 best = found

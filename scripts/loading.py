@@ -8,29 +8,14 @@ from pathlib import Path
 
 import torch
 
-import quantize
-import scripts.families  # noqa: F401  (it enters them into FAMILIES)
 import tp
 from kernels import BATCH_INVARIANT, FAST, InputError
-from model import FAMILIES, ModelConfig, Transformer, rope_table
-from scripts import checkpoint, cli, defaults, download, drafts, machine, settings
+from model import Layer, Transformer
+from scripts import checkpoint, cli, defaults, download, drafts, machine
+from scripts.configuration import read_config, read_shape
 from scripts.ranks import together
-from scripts.rope_settings import places, rope_parameters, rope_type
-from scripts.ropes import ROPES
 from scripts.tokenizer import Tokenizer
 
-SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"]
-SIZES += ["num_key_value_heads", "head_dim", "intermediate_size", "max_position_embeddings"]
-BOOLEANS = ["tie_word_embeddings", "qkv_bias", "attention_bias", "mlp_bias", "qk_norm"]
-SUPPORTED = {
-    "attn_logit_softcapping": [None],
-    "final_logit_softcapping": [None],
-    "use_bidirectional_attention": [None, False],
-    "quantization mode": [None, *quantize.LINEARS],
-    "group_size": [32, 64, 128],
-    "per_layer_config": [None, {}],
-    "transformers_weights": [None, "model.safetensors", checkpoint.INDEX],
-}
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -63,15 +48,26 @@ def load(args, ranks: int | None = None) -> tuple[Transformer, Tokenizer]:
     return model, tokenizer
 
 
-def find(directory: Path | None) -> Path:
-    """The directory of a checkpoint, by default that of the default model, which is fetched where
-    it is missing. Raises Refusal or OSError."""
-    if directory or download.DEFAULT.exists():
-        return directory or download.DEFAULT
-    cli.say(f"{download.DEFAULT} is missing, fetching it")
-    with checkpoint.refusing("the default checkpoint cannot be had", ValueError, ImportError):
-        download.fetch(download.DEFAULT)
-    return download.DEFAULT
+def find(given: Path | str | None) -> Path:
+    """The directory of a checkpoint: as given, or of a name of the hub or of the default model,
+    which are fetched where they are missing. Raises Refusal or OSError."""
+    if isinstance(given, Path):
+        return given
+    target = download.place(given) if given else download.DEFAULT
+    # The first rank fetches it for all; on another machine, which may not see that, one there.
+    for fetches in (tp.rank == 0, tp.variable("LOCAL_RANK") <= 0):
+        with together():
+            if fetches and not target.exists():
+                fetch(target, given)
+    return target
+
+
+def fetch(target: Path, name: str | None) -> None:
+    """Of the hub, or without a name the default model."""
+    cli.say(f"{target} is missing, fetching it")
+    what = f"{name} of the hub" if name else "the default checkpoint"
+    with checkpoint.refusing(f"{what} cannot be had", ValueError, ImportError):
+        download.fetch(target, *filter(None, [name]))
 
 
 def take_defaults(args) -> str:
@@ -103,8 +99,16 @@ def load_weights(model: Transformer, slices: dict, progress: Callable) -> None:
     """Stream the tensors of a checkpoint into place: `slices` has those of safetensors' get_slice
     by name. `progress` is told how many layers of how many are done."""
     for done, layer in enumerate(model.loaders, start=1):
-        model.nbytes += layer.load([slices[name][:] for name in layer.shapes])
+        model.nbytes += layer.load([read(name, slices[name], layer) for name in layer.shapes])
         progress(done, len(model.loaders))
+
+
+def read(name: str, part, layer: Layer) -> torch.Tensor:
+    """A tensor of a layer. Of int4 others have published scales in fp16 or fp32, which a kernel
+    would convert to the dtype of its input at every call."""
+    tensor = part[:]
+    is_scale = layer.mode == "int4" and name.endswith(".scale")
+    return tensor.to(layer.dtype) if is_scale and tensor.dtype != torch.bfloat16 else tensor
 
 
 def load_drafter(args, model, tokenizer, length: int, build: Callable):
@@ -134,98 +138,3 @@ def refuse_rocm(device: str | None) -> None:
     if torch.version.hip and on_gpu:
         why = "where sums depend on the number of rows"
         raise InputError(f"--deterministic is not available on ROCm, {why}; try --device cpu")
-
-
-def read_config(path: Path, quantization: str | None = None, group_size=32) -> ModelConfig:
-    """That of a checkpoint, whose weights beside it may have a head of their own although it says
-    that there is none. See read_shape."""
-    config = read_shape(path, quantization, group_size)
-    if config.tie_word_embeddings and checkpoint.has_own_head(path.parent):
-        return replace(config, tie_word_embeddings=False)
-    return config
-
-
-def read_shape(path: Path, quantization: str | None = None, group_size=32) -> ModelConfig:
-    """What a config.json says, or else what its family means, of a model that is quantized while
-    loading if a `quantization` is given. Raises Refusal for what is missing, wrong or not
-    supported."""
-    raw = checkpoint.read_json(path)
-    wrong = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError)
-    with checkpoint.refusing(str(path), *wrong):
-        given = settings.in_one_spelling(raw)
-        architecture = one_of("architectures", given["architecture"], list(FAMILIES))
-        settings.check_layer_types(given)
-        _, family = FAMILIES[architecture]
-        given |= family  # of which one may be what the next line reads
-        given |= {"qkv_bias": given["attention_bias"], "qk_norm": False} | family
-        settings.check(given)
-        settings.complete(given)
-        one_of("hidden_act", given["hidden_act"], settings.activations(architecture))
-        stored = given["quantization"]
-        mode, given["group_size"] = stored.get("mode"), stored.get("group_size", 32)
-        given["quantization mode"] = mode
-        for name, choices in SUPPORTED.items():
-            one_of(name, given.get(name), choices)
-        if quantization and mode:
-            raise checkpoint.Refusal(f"the checkpoint is {mode} already")
-        windows = settings.windows(given)
-        shape = sizes(given)
-        config = ModelConfig(
-            **shape,
-            **{name: bool(given[name]) for name in BOOLEANS},
-            architecture=architecture,
-            rms_norm_eps=float(given["rms_norm_eps"]),
-            windows=windows,
-            ropes=ropes(given, windows, shape["head_dim"]),
-            quantization=quantization or mode,
-            group_size=group_size if quantization else given["group_size"],
-            stored=mode is not None,
-            settings=given,
-        )
-        for rope in config.ropes.values():
-            if not rope_table(config, rope, 2).isfinite().all():
-                raise checkpoint.Refusal(f"RoPE with {rope} has angles that are no numbers")
-        return config
-
-
-def one_of(name: str, value, choices):
-    if value not in choices:
-        valid = ", ".join(map(str, choices))
-        raise checkpoint.Refusal(f"{name} {value} is not supported, choose from {valid}")
-    return value
-
-
-def sizes(given: dict) -> dict[str, int]:
-    """Those of ModelConfig. The experts of a mixture have an intermediate size of their own."""
-    given = dict(given)
-    heads = settings.size(given, "num_attention_heads")
-    if given.get("num_key_value_heads") is None:
-        given["num_key_value_heads"] = heads
-    if given.get("head_dim") is None:
-        given["head_dim"] = settings.size(given, "hidden_size") // heads
-    found = {name: settings.size(given, name) for name in SIZES}
-    if "moe_intermediate_size" in settings.FAMILY_DEFAULTS.get(given["architecture"], {}):
-        found["intermediate_size"] = settings.size(given, "moe_intermediate_size")
-    kv_heads, head_dim = found["num_key_value_heads"], found["head_dim"]
-    if heads % kv_heads:
-        expected = f"expected KV heads that divide the {heads} heads"
-        raise checkpoint.Refusal(f"num_key_value_heads is {kv_heads}, {expected}")
-    if head_dim % 2:
-        raise checkpoint.Refusal(f"head_dim is {head_dim}, expected an even number")
-    return found
-
-
-def ropes(given: dict, windows: list[int | None], head_dim: int) -> dict[int | None, dict]:
-    """As ModelConfig has them. A kind that is not supported is refused wherever it stands."""
-    partial = "partial_rotary_factor" in settings.FAMILY_DEFAULTS.get(given["architecture"], {})
-    for rope in places(given):
-        one_of("rope_type", rope_type(given, rope), list(ROPES))
-    for rope in [given, *places(given)]:
-        if not partial:
-            one_of("partial_rotary_factor", rope.get("partial_rotary_factor"), [None, 1])
-    found = {}
-    for window in windows:
-        layers = "full_attention" if window is None else "sliding_attention"
-        if window not in found:
-            found[window] = rope_parameters(given, layers, head_dim)
-    return found

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scripts import outputs
+from scripts import hardware, outputs
 from scripts.checkpoint import Refusal
 from scripts.requests import Request
 from scripts.sampler import Sampler
@@ -30,13 +30,7 @@ M_TRIM_THRESHOLD = -1  # names of glibc's mallopt and of Linux's madvise
 M_MMAP_THRESHOLD = -3
 MADV_COLLAPSE = 25
 HUGE_PAGE = 2 << 20
-
-
-def last_cache() -> int:
-    """Bytes of the largest cache of a CPU, 0 where the system does not say."""
-    path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-    size = path.read_text(encoding="utf-8").strip() if path.exists() else "0K"
-    return int(size.removesuffix("K")) << 10
+LEAST_READ = 256 << 20  # bytes that tell how fast memory is
 
 
 def seconds_to_read(data: Tensor) -> float:
@@ -55,9 +49,11 @@ def seconds_to_read(data: Tensor) -> float:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a device reads from its memory: the best of five sums of more than its
-    caches hold."""
-    size = max(256 << 20, 4 * last_cache())
+    """Bytes per second that a device reads from its memory: the best of five sums of four times
+    what its caches hold, of 256 MB at least, and otherwise of no more than half of what is
+    free."""
+    size = int(min(4 * hardware.caches(), hardware.free_memory() / 2))
+    size = max(size, LEAST_READ)
     if device.type == "cuda":
         # A card reads 256 MB in the time of a few launches.
         free, _ = torch.cuda.mem_get_info(device)

@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,25 +12,39 @@ from safetensors.torch import save_file
 
 import generate
 import quantize
-from kernels import FAST
+from kernels import FAST, Fast
 from model import Layer, ModelConfig, Transformer
 from scripts import checkpoint, cli, loading, outputs
 from scripts.checkpoint import Refusal, refusing
+from scripts.directories import check_finite, copy_files
 
 SHARD = 1 << 30  # bytes of a file, or of one layer where that is larger
 
 
-def write(source: Path, out: str | None, mode: str, group_size: int) -> Path:
+def rounded(model: Transformer, source: Path, slices: dict) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors to write of one layer after the other, each weight rounded by itself."""
+    return rounded_layers(model.loaders, source, slices)
+
+
+def write(
+    source: Path,
+    out: str | None,
+    mode: str,
+    group_size: int,
+    make: Callable = rounded,
+    ops: Fast = FAST,
+) -> Path:
     """The new directory, whole or not at all; its memory is that of a shard. Without `out`, its
-    name is that of the source and the mode. Raises Refusal or InputError."""
+    name is that of the source and the mode. What is written of the layers of a model with `ops` is
+    what `make` yields. Raises Refusal or InputError."""
     group = f"-g{group_size}" if mode == "int4" else ""
     target = Path(out or f"{source.resolve()}-{mode}{group}")
     check_target(target, source)
     config = loading.read_config(source / "config.json", mode, group_size)
-    model = Transformer(config, FAST, torch.device("cpu"), torch.bfloat16)
+    model = Transformer(config, ops, torch.device("cpu"), torch.bfloat16)
     slices = checkpoint.open_weights(source, loading.tensor_shapes(model))
     with outputs.new_directory(target) as work, torch.inference_mode():
-        write_weights(model, source, slices, work)
+        write_weights(make(model, source, slices), work)
         copy_files(source, work)
         write_config(source, work, config)
     return target
@@ -47,29 +61,34 @@ def check_target(target: Path, source: Path) -> None:
         raise Refusal(f"{target} is inside of {source}, expected --out elsewhere")
 
 
-def write_weights(model: Transformer, source: Path, slices: dict, work: Path) -> None:
-    shard, files = {}, 0
+def rounded_layers(layers: list[Layer], source: Path, slices: dict) -> Iterator[dict]:
     done = set()
-    for layer in model.loaders:
+    for layer in layers:
+        stored = {}
         for name in layer.shapes.keys() - done:  # a tied head shares its tensor with the embedding
-            stored = stored_tensors(layer, name, slices[name][:])
-            check_finite(stored, f"{source}: tensor {name}")
-            shard |= stored
+            parts = stored_tensors(layer, name, slices[name][:])
+            check_finite(parts, f"{source}: tensor {name}")
+            stored |= parts
             done.add(name)
-        if layer is model.loaders[-1] or sum(t.nbytes for t in shard.values()) > SHARD:
-            path = work / f"model-{files:05}.safetensors"
-            with refusing(f"{work.name}/{path.name} cannot be written", OSError, SafetensorError):
-                save_file(shard, path, {"format": "pt"})
-            path.chmod(0o644)  # safetensors leaves it closed to other users
+        yield stored
+
+
+def write_weights(layers: Iterable[dict[str, torch.Tensor]], work: Path) -> None:
+    """Into as many files as it takes. Raises Refusal."""
+    shard, files = {}, 0
+    for stored in layers:
+        shard |= stored
+        if sum(t.nbytes for t in shard.values()) > SHARD:
+            save(shard, work / f"model-{files:05}.safetensors")
             shard, files = {}, files + 1
+    if shard:
+        save(shard, work / f"model-{files:05}.safetensors")
 
 
-def check_finite(stored: dict[str, torch.Tensor], tensor: str) -> None:
-    """Raise Refusal where a number is none, or the scale of a group with such a number in it."""
-    for part in stored.values():
-        is_code = part.dtype.itemsize == 1
-        if not is_code and not torch.stack(part.aminmax()).isfinite().all():
-            raise Refusal(f"{tensor} has NaN, inf or numbers too large, expected finite ones")
+def save(shard: dict[str, torch.Tensor], path: Path) -> None:
+    with refusing(f"{path.parent.name}/{path.name} cannot be written", OSError, SafetensorError):
+        save_file(shard, path, {"format": "pt"})
+    path.chmod(0o644)  # safetensors leaves it closed to other users
 
 
 def stored_tensors(layer: Layer, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -77,16 +96,6 @@ def stored_tensors(layer: Layer, name: str, tensor: torch.Tensor) -> dict[str, t
         return {name: tensor}
     kinds = quantize.quantized(layer.mode, tensor, layer.group_size)
     return {name.removesuffix("weight") + kind: part for kind, part in kinds.items()}
-
-
-def copy_files(source: Path, work: Path) -> None:
-    """Those beside the weights: what is in them, for they may be closed to writing."""
-    for pattern in ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja"):
-        for path in source.glob(pattern):
-            if path.name not in ("config.json", checkpoint.INDEX) and path.is_file():
-                copy = work / path.relative_to(source)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copy)
 
 
 def write_config(source: Path, work: Path, config: ModelConfig) -> None:
@@ -119,7 +128,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.group("of this command")
-    parser.path("--checkpoint_path", "DIR", "what to quantize (the default model)")
+    parser.checkpoint("--checkpoint_path", "what to quantize (the default model)")
     modes = ",".join(quantize.LINEARS)
     text = "of the linear layers; needed"
     parser.add("--mode", type=known_mode, required=True, metavar=f"{{{modes}}}", help=text)

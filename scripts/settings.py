@@ -6,9 +6,10 @@ from scripts.checkpoint import Refusal
 BOOLEANS = ["tie_word_embeddings", "attention_bias", "mlp_bias"]
 BOOLEANS += ["use_sliding_window", "norm_topk_prob"]
 NULLS = ("head_dim", "num_key_value_heads", "sliding_window")  # which are settings where null
+PUBLISHED = ("awq", "gptq", "compressed-tensors", "fp8")  # quant_method of what is converted
 
 # What is meant by what is left out, as the classes of transformers have it. What is supported of
-# the settings that are words is in loading.SUPPORTED.
+# the settings that are words is in configuration.SUPPORTED.
 DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, **dict.fromkeys(BOOLEANS, False)}
 MULTIPLIERS = ["embedding_multiplier", "attention_multiplier"]
 MULTIPLIERS += ["residual_multiplier", "logits_scaling"]
@@ -112,9 +113,9 @@ def check(settings: dict) -> None:
 
 def quantization(given: dict) -> dict:
     """Of our own directories. That of any other tool is refused, by its name."""
-    if given.get("quantization"):
-        found = given["quantization"]
-        raise Refusal(f"quantization {found}, as MLX writes it, is not supported")
+    if method := published_by(given):
+        how = "convert it: python scripts/download.py DIRECTORY --out NEW"
+        raise Refusal(f"the checkpoint is quantized by {method}; {how}")
     config = json_object(given, "quantization_config")
     method = config.get("quant_method", "gpt-exact")
     if config and (method != "gpt-exact" or not config.get("mode")):
@@ -122,6 +123,15 @@ def quantization(given: dict) -> dict:
         how = "expected floats, or what quantize.py writes"
         raise Refusal(f"quantization_config {name} is not supported, {how}")
     return config
+
+
+def published_by(given: dict) -> str | None:
+    """The method by which somebody else has quantized a checkpoint, where it is one of those that
+    download.py converts. MLX has no name for its own."""
+    if given.get("quantization"):
+        return "mlx"
+    method = json_object(given, "quantization_config").get("quant_method")
+    return method if method in PUBLISHED else None
 
 
 def json_object(settings: dict, name: str) -> dict:

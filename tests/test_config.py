@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import generate
 from model import rope_table
-from scripts import checkpoint, loading, machine, quantized
+from scripts import checkpoint, configuration, machine, quantized
 from scripts.checkpoint import EMBEDDING, HEAD, INDEX, Refusal
 from scripts.loading import read_config, read_shape
 
@@ -531,12 +531,12 @@ def test_a_missing_shard_is_named(directory):
 
 INT4 = {"mode": "int4", "group_size": 32}
 OTHERS = {
-    "mlx": ({"quantization": {"group_size": 64, "bits": 4}}, "quantization .*'bits': 4.*MLX"),
+    "mlx": ({"quantization": {"group_size": 64, "bits": 4}}, "mlx.*download.py"),
     "mlx twice": (
         {"quantization": {"bits": 8}, "quantization_config": {"group_size": 64, "bits": 8}},
-        "MLX",
+        "mlx",
     ),
-    "mlx beside ours": ({"quantization": {"bits": 8}, "quantization_config": INT4}, "MLX"),
+    "mlx beside ours": ({"quantization": {"bits": 8}, "quantization_config": INT4}, "mlx"),
     "no method": ({"quantization_config": {"group_size": 64, "bits": 4}}, "'bits': 4"),
     "no mode": ({"quantization_config": {"quant_method": "gpt-exact"}}, "gpt-exact"),
     "another with our mode": ({"quantization_config": {"quant_method": "x"} | INT4}, "x"),
@@ -545,6 +545,8 @@ OTHERS = {
 }
 for method in ("fp8", "gptq", "awq", "bitsandbytes", "compressed-tensors", "mxfp4", "modelopt"):
     OTHERS[method] = ({"quantization_config": {"quant_method": method}}, method)
+    if method in ("fp8", "gptq", "awq", "compressed-tensors"):
+        OTHERS[method] = (OTHERS[method][0], f"{method}; convert it: .*download.py DIR.* --out NEW")
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -590,7 +592,7 @@ NOTHING = {
 }
 for bad in (math.inf, -math.inf, math.nan, -1e-6, "1e-6", True, 1e39):
     NOTHING[f"rms_norm_eps {bad}"] = (LLAMA, {"rms_norm_eps": bad}, "rms_norm_eps is")
-for size in loading.SIZES:
+for size in configuration.SIZES:
     for bad in (0, -1, 64.0, "64", True, 10**9):
         NOTHING[f"{size} {bad!r}"] = (LLAMA, {size: bad}, f"{size} is")
 

@@ -28,7 +28,7 @@ from helpers import heed_interrupts
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 
-from scripts import download, outputs
+from scripts import download, gguf_files, outputs
 
 ROOT = Path(__file__).resolve().parent.parent
 DIM = 64
@@ -259,11 +259,11 @@ def test_transformers_reads_it(tmp_path, monkeypatch):
 
 REFUSED = {
     "architecture": ({"arch": "qwen2"}, "qwen2"),
-    "tokenizer": ({"tokenizer__ggml__model": "llama"}, "gpt2"),
-    "pre-tokenizer": ({"tokenizer__ggml__pre": "llama-bpe"}, "smollm"),
-    "scaling": ({"llama__rope__scaling__type": "yarn"}, "yarn"),
-    "BOS": ({"tokenizer__ggml__add_bos_token": True}, "add_bos_token"),
-    "llama3 scaling": ({"extra_tensors": ["rope_freqs.weight"]}, "rope_freqs"),
+    "tokenizer": ({"tokenizer__ggml__model": "bert"}, "gpt2"),
+    "pre-tokenizer": ({"tokenizer__ggml__pre": "tekken"}, "smollm"),
+    "scaling": ({"llama__rope__scaling__type": "longrope"}, "longrope"),
+    "BOS": ({"tokenizer__ggml__add_bos_token": 2}, "add_bos_token"),
+    "rope factors": ({"extra_tensors": ["blk.0.rope_freqs.weight"]}, "rope_freqs"),
     "bias": ({"extra_tensors": ["blk.0.attn_v.bias"]}, "bias"),
     "metadata": ({"drop": ["llama.block_count"]}, "'llama.block_count' is missing"),
 }
@@ -334,11 +334,11 @@ def test_failure_midway_leaves_nothing(tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "in.gguf")
     written = []
 
-    def disk_full(weights, file, metadata):
-        written.extend(os.listdir(Path(file).parent))
+    def disk_full(tensors, names, pairs, out):
+        written.extend(os.listdir(out))
         raise OSError("disk full")
 
-    monkeypatch.setattr("safetensors.torch.save_file", disk_full)
+    monkeypatch.setattr(gguf_files, "write_weights", disk_full)
     with pytest.raises(OSError, match="disk full"):
         download.fetch(tmp_path / "out", str(path))
     assert "config.json" in written
@@ -928,15 +928,14 @@ def test_killed_while_it_waits(tmp_path, peer, source):
 
 MOMENTS = {  # what a process is about to do when it is killed, and the function that does it
     "work": "download.fill",
-    "write": "download.json_files",
-    "write weights": "safetensors.torch.save_file",
+    "write": "gguf_files.write_files",
+    "write weights": "gguf_files.write_weights",
     "be done": "Path.rename",
 }
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-{imports}
-from scripts import download, outputs
+from scripts import download, gguf_files
 def kill(*args, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 {name} = kill
@@ -948,8 +947,7 @@ download.fetch(Path(sys.argv[1]), sys.argv[2])
 def test_killed_at_a_moment(tmp_path, moment):
     """There is no target, and the next run leaves nothing else."""
     path = write_gguf(tmp_path / "in.gguf")
-    name = MOMENTS[moment]
-    code = KILLED.format(name=name, imports="import safetensors.torch" if "torch" in name else "")
+    code = KILLED.format(name=MOMENTS[moment])
     argv = [sys.executable, "-c", code, str(tmp_path / "out"), str(path)]
     assert subprocess.run(argv, cwd=ROOT, check=False).returncode == -signal.SIGKILL
     (left,) = [name for name in os.listdir(tmp_path) if name != "in.gguf"]

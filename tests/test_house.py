@@ -18,7 +18,8 @@ LOWER = LADDER[:-1]
 PLUMBING = ["checkpoint", "tokenizer", "requests", "prompts", "chat", "cli"]
 PLUMBING += ["settings", "backends", "pipelines", "sentencepieces", "special_tokens", "templates"]
 PLUMBING += ["outputs", "peers", "files", "sandbox", "interrupts", "defaults", "jobs", "fused"]
-PLUMBING += ["rope_settings"]
+PLUMBING += ["rope_settings", "hardware", "tables", "turns", "plot", "picture"]
+PLUMBING += ["gguf_models", "gguf_tokenizers"]
 NO_ROOT = ["machine", "drafts"]
 
 

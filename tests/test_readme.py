@@ -1,6 +1,6 @@
-"""The commands of the README, as a newcomer would paste them. The first two, which set up, are what
-.ci/run runs; the others run here, word for word, in a copy of the tree whose default model is a
-tiny one."""
+"""The commands of README and docs, as a newcomer would paste them. The first two, which set up, are
+what .ci/run runs; the others run here, word for word, in a copy of the tree whose default model is
+a tiny one. So do the experiments of docs/numerics.md."""
 
 import json
 import os
@@ -15,16 +15,31 @@ from helpers import write_checkpoint, write_json, write_weights
 from test_download import write_gguf
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
-LINES = [line for block in BLOCKS for line in block.splitlines()]
-COMMANDS = [line.partition("  #")[0].strip() for line in LINES]
-COMMANDS = [line for line in COMMANDS if line.startswith(("python ", "torchrun "))]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "usage.md", *sorted(ROOT.glob("docs/*.md"))]
+BLOCK = re.compile(r"^```\n(.*?)^```", re.M | re.S)
+EXPERIMENT = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
+
+
+def commands_of(path: Path) -> list[str]:
+    """What a page has in blocks of its own, without the words that explain it."""
+    lines = []
+    for block in BLOCK.findall(path.read_text()):
+        lines += [line.partition("  #")[0].strip() for line in block.splitlines()]
+    return [line for line in lines if line.startswith(("python ", "torchrun ", "bash "))]
+
+
+def is_slow(command: str) -> bool:
+    """Whether it compiles, or starts processes that do what others have done."""
+    return "--compile" in command or command.startswith("torchrun")
+
+
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
 ELSEWHERE = {
     "python scripts/verify.py": "takes minutes",
     "python scripts/download.py org/name": "needs the network",
+    "python generate.py --checkpoint_path org/name": "needs the network",
+    "python scripts/download.py AWQ --out converted": "tests/test_published.py packs one",
 }
-# Two more compilations would show nothing new.
-NOT_COMPILED = ["python scripts/bench.py --compile --deterministic"]
 SHAPE = {  # which three processes can share
     "num_hidden_layers": 1,
     "hidden_size": 96,
@@ -55,29 +70,50 @@ def tree(tmp_path_factory):
     )
     for name in ("notes.txt", "book.txt"):
         (tree / name).write_text("The lazy dog jumps over the other fox.\n" * 5)
+    (tree / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 1500)
     write_gguf(tree / "model.gguf")
     return tree
 
 
 def test_the_readme_has_commands():
     assert len(COMMANDS) > 15
-    assert set(COMMANDS) > {*ELSEWHERE, *NOT_COMPILED}
-    assert len([line for line in LINES if line.startswith("python3 -m venv")]) == 2
+    assert set(COMMANDS) > ELSEWHERE.keys()
+    assert 2 < sum(map(is_slow, COMMANDS)) < len(COMMANDS) / 2
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len([line for line in lines if line.startswith("python3 -m venv")]) == 2
+    assert len(lines) <= 150
 
 
-def test_every_command_runs(tree):
-    """In the order of the README, as one makes the file that the next one reads."""
+def test_the_experiments_run(tmp_path):
+    """All in one process, as they are; what they count depends on the machine."""
+    blocks = EXPERIMENT.findall((ROOT / "docs" / "numerics.md").read_text())
+    path = tmp_path / "experiments.py"
+    path.write_text("\n".join(blocks))
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(blocks) > 4
+
+
+def run(command: str, tree: Path) -> None:
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     env = os.environ | {"PATH": path, "HOME": str(tree / "home"), "OMP_NUM_THREADS": "1"}
     options = {"input": "hello\n/exit\n", "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run(["bash", "-c", command], cwd=tree, env=env, **options)
+    assert done.returncode == 0, (command, done.stderr)
+    assert "Traceback" not in done.stderr and done.stdout + done.stderr, command
+
+
+def test_every_quick_command_runs(tree):
+    """In the order of the pages, as one makes the file that the next one reads."""
     for command in COMMANDS:
-        if command in ELSEWHERE:
-            continue
-        if command in NOT_COMPILED:
-            command = command.replace(" --compile", "")
-        done = subprocess.run(["bash", "-c", command], cwd=tree, env=env, **options)
-        assert done.returncode == 0, (command, done.stderr)
-        assert "Traceback" not in done.stderr and done.stdout + done.stderr, command
+        if command not in ELSEWHERE and not is_slow(command):
+            run(command, tree)
     lines = [json.loads(line) for line in (tree / "done.jsonl").read_text().splitlines()]
     assert {line["id"] for line in lines if "id" in line} == {0, 1}
     assert (tree / "checkpoints" / "model" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in COMMANDS if is_slow(c)])
+def test_a_slow_command_runs(tree, command):
+    run(command, tree)
