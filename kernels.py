@@ -173,15 +173,16 @@ class LeafPacked(Packed):
         if self.leaves == 1:
             return exact_product(x, *self.operands)
         shape = (*x.shape[:-1], *self.shape_of(x))
+        is_few = x.numel() <= self.few
         threads, leaves = torch.get_num_threads(), self.leaves
-        if x.numel() <= self.few and exact_tiles(*self.stacked.shape, x.dtype, threads, leaves):
+        if is_few and exact_tiles(*self.stacked.shape, x.dtype, threads, leaves):
             x_GK = x.reshape(*x.shape[:-1], leaves, -1)
             return exact_product(x_GK, self.stacked, None, leaves).view(shape)
         y = x.new_empty(leaves, *x.shape[:-1], self.shape[1])
         for i, part in enumerate(x.chunk(leaves, dim=-1)):
             y[i] = exact_product(part, self.leaf_weights[i])
         y = y.movedim(0, -2)
-        return y.unsqueeze(-3).expand(shape) if x.numel() <= self.few else y
+        return y.unsqueeze(-3).expand(shape) if is_few else y
 
 
 def exact_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, leaves=1) -> Tensor:
