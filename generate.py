@@ -18,7 +18,6 @@ from kernels import InputError
 from model import Transformer
 from scripts import chat, cli, drafts, machine, prompts, ranks, requests
 from scripts.loading import load, load_drafter, take_defaults
-from scripts.outputs import Output
 from scripts.requests import Completion, Request
 from scripts.sampler import Sampler
 from scripts.tokenizer import Tokenizer
@@ -201,11 +200,8 @@ def build(args, model: Transformer, tokenizer: Tokenizer, length: int) -> Engine
     compiled = args.compile or args.compile_prefill
     if compiled or args.deterministic or drafter:
         cli.progress("compiling" if compiled else "probing")
-        row = Request(0, "", [], **requests.settings_of(args))
-        step_s, round_s = machine.warm_up(engine, row)
-        # So many accepted drafts make up for what a round takes longer than a step.
-        pays = drafter.pays if drafter and drafter.pays else round_s / step_s - 1
-        engine.pauses = drafts.Pauses(pays)
+        pays = machine.warm_up(engine, Request(0, "", [], **requests.settings_of(args)))
+        engine.pauses = drafts.Pauses(drafter.pays if drafter and drafter.pays else pays)
     return engine
 
 
@@ -218,12 +214,8 @@ def main(argv: list[str] | None = None) -> None:
         context = min(model.config.max_position_embeddings, args.max_seq_length)
         maker = requests.RequestMaker.from_flags(args, tokenizer, model.config.vocab_size, context)
     load_s = time.perf_counter() - start
-    wanted, output = [], Output(None)  # of ranks that read and write nothing
     with ranks.together():
-        if not args.interactive and tp.rank == 0:
-            wanted = prompts.read_requests(args, maker)
-            output = Output(args.output)
-            wanted = requests.resume(output, wanted)
+        wanted, output = prompts.wanted(args, maker)
     wanted = ranks.from_first(wanted)
     sizes = [len(r.prompt_ids) + r.max_new_tokens for r in wanted]
     length = min(context, chat.LENGTH) if args.interactive else max(sizes, default=1)

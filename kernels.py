@@ -126,11 +126,18 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + b, in the dtype of x; in fp32 where it is a sum of leaves."""
+        shape = self.shape_of(x)
         if torch.compiler.is_compiling() and self.opaque:
-            y = opaque_linear(x, self.handle, self.shape, self.sum_dtype)
+            y = opaque_linear(x, self.handle, shape, self.sum_dtype)
         else:
             y = self.products(x)
+        if len(shape) == 3:  # of the products of each leaf, those with its own part of x
+            y = y.diagonal(dim1=-3, dim2=-2).movedim(-1, -2)
         return y if self.leaves == 1 else add_leaves(y.unbind(-2), self.bias)
+
+    def shape_of(self, x: Tensor) -> tuple[int, ...]:
+        """Of what `products` returns for a row of x."""
+        return self.shape
 
 
 @opaque(
@@ -151,36 +158,31 @@ class LeafPacked(Packed):
         self.leaf_weights = [blocked(leaf) for leaf in leaves]
         for i, leaf in enumerate(self.leaf_weights):  # where tools look for them
             self.register_buffer(f"leaf_{i}", leaf)
-        stacked = None
-        if self.leaves > 1:
-            self.sum_dtype = torch.float32
-            if weight.nbytes < 4 << 20:  # larger ones would not notice a call less
-                stacked = blocked(torch.cat(leaves))
-                self.nbytes += weight.nbytes
+        stacked, self.few = None, 0  # numbers in an x that goes through stacked leaves
+        if self.leaves > 1 and weight.nbytes < 4 << 20:  # larger ones would not notice a call less
+            stacked = blocked(torch.cat(leaves))
+            self.few = self.few_rows * leaves[0].shape[1]
+            self.nbytes += weight.nbytes
         self.register_buffer("stacked", stacked)
         self.operands = (self.leaf_weights[0], self.bias)
+
+    def shape_of(self, x: Tensor) -> tuple[int, ...]:
+        return (self.leaves, *self.shape) if x.numel() <= self.few else self.shape
 
     def products(self, x: Tensor) -> Tensor:
         if self.leaves == 1:
             return exact_product(x, *self.operands)
-        if self.is_few(x):  # one call makes all products of leaves
-            x_GK = x.reshape(*x.shape[:-1], self.leaves, -1)
-            pairs = exact_product(x_GK, self.stacked, None, self.leaves)
-            pairs = pairs.view(*x.shape[:-1], self.leaves, *self.shape)
-            y = pairs.diagonal(dim1=-3, dim2=-2)  # of each leaf with its own part of x
-            return y.float().movedim(-1, -2)
-        shape = (self.leaves, *x.shape[:-1], self.shape[1])
-        y = x.new_empty(shape, dtype=torch.float32)
-        for i, part in enumerate(x.chunk(self.leaves, dim=-1)):
+        shape = (*x.shape[:-1], *self.shape_of(x))
+        is_few = x.numel() <= self.few
+        threads, leaves = torch.get_num_threads(), self.leaves
+        if is_few and exact_tiles(*self.stacked.shape, x.dtype, threads, leaves):
+            x_GK = x.reshape(*x.shape[:-1], leaves, -1)
+            return exact_product(x_GK, self.stacked, None, leaves).view(shape)
+        y = x.new_empty(leaves, *x.shape[:-1], self.shape[1])
+        for i, part in enumerate(x.chunk(leaves, dim=-1)):
             y[i] = exact_product(part, self.leaf_weights[i])
-        return y.movedim(0, -2)
-
-    def is_few(self, x: Tensor) -> bool:
-        """Whether stacked leaves serve: for few rows, and each leaf has the bits it has alone."""
-        if self.stacked is None or x.numel() > self.few_rows * self.leaf_weights[0].shape[1]:
-            return False
-        threads = torch.get_num_threads()
-        return bool(exact_tiles(*self.stacked.shape, x.dtype, threads, self.leaves))
+        y = y.movedim(0, -2)
+        return y.unsqueeze(-3).expand(shape) if is_few else y
 
 
 def exact_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, leaves=1) -> Tensor:
@@ -255,28 +257,25 @@ def write_cache(k_BTGD, v_BTGD, k_cache, v_cache, pos_BT: Tensor) -> None:
             cache[rows, :, pos_BT] = new
 
 
-def dense_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, dtype) -> list:
+def dense_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, k_cache) -> list:
     """A mask_mod over `span` keys, once for all layers: 0 where a query may look, else -inf,
     [B, G, T, R, span] with 1 for what it does not depend on; and one past the last key seen [T]."""
     b = torch.arange(len(pos_BT), device=pos_BT.device)
     h, q_idx = heads_GR[:, None, :, None], pos_BT[:, None, :, None, None]
     kv_idx = torch.arange(span, device=pos_BT.device)
     keep = mask_mod(b.view(-1, 1, 1, 1, 1), h, q_idx, kv_idx)
-    bias = torch.zeros(keep.shape, device=pos_BT.device, dtype=dtype)
-    bias.masked_fill_(~keep, float("-inf"))
+    bias = k_cache.new_zeros(keep.shape).masked_fill_(~keep, float("-inf"))
     seen_T = keep.any(3).flatten(0, 1).any(0)
     return [bias, span - seen_T.flip(-1).byte().argmax(-1)]
 
 
-def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, scale, rows=1, spans=range(64, 513, 64)):
+def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, spans, scale, rows=1):
     """Attention [B, T, H * D] in blocks of 128 tokens, which skip keys behind the last one they may
     see. Keys are filled up, by others of the cache, to one of `spans` beyond whole blocks of 512,
-    and the rows of a block to a multiple of `rows`."""
-    L = filled(bias.shape[-1], spans)
-    bias = fill_up(bias, 0, L - bias.shape[-1], value=float("-inf"))
+    as those of the mask are, and the rows of a block to a multiple of `rows`."""
     q_BGTRD = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2)
     if q_BTHD.shape[1] == 1 or q_BTHD.is_cuda:  # on a GPU, nobody may wait for a limit
-        y_BGTRD = attend_block(q_BGTRD, k_BGLD, v_BGLD, bias, L, scale, rows)
+        y_BGTRD = attend_block(q_BGTRD, k_BGLD, v_BGLD, bias, bias.shape[-1], scale, rows)
     else:
         blocks = []
         parts = zip(q_BGTRD.split(128, 2), bias.split(128, 2), limit_T.split(128), strict=True)
@@ -312,28 +311,31 @@ def exact_spans(B: int, G: int, D: int, R: int, dtype, threads: int) -> list[int
     """The spans with which 16 rows at a time are seen to have the bits of the reference, one thread
     and a row of the batch alone with spans of 512, in texts of all lengths and with few and many
     new tokens; no span where even 512 has other bits."""
-    T, L = 128, 640
-    q, k = cancelling((1, T, G * R), (1, G, 1024), D, dtype)
+    T, L = 128, 1024
+    q, k = cancelling((1, T, G * R), (1, G, L), D, dtype)
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     v[:, :, ::4] *= 1 << 12  # with equal weights these cancel,
     v[:, :, 2::4] = -v[:, :, ::4]  # and leave what they have made of the sums between them
-    trials = []  # keys, arguments of `attend`, and what it should return
+    trials = []  # keys, a mask, arguments of `attend`, and what it should return
+    q_B, k_B, v_B = (x.repeat(B, 1, 1, 1) for x in (q, k, v))
     for scale, start in itertools.product((2.0**21, 0.0), range(0, 512, 118)):
         pos_BT = torch.arange(start, start + T)[None]
-        bias, limit_T = dense_mask(causal, pos_BT, L, torch.zeros(G, R), dtype)
+        bias, limit_T = dense_mask(causal, pos_BT, L, torch.zeros(G, R), k)
         with one_thread():
-            want = attend(q, k, v, bias, limit_T, scale, 16, [512]).repeat(B, 1, 1)
-        many = [x.repeat(B, 1, 1, 1) for x in (q, k, v)]
+            want = attend(q, k, v, bias, limit_T, [512], scale, 16).repeat(B, 1, 1)
         for count, end in itertools.product((1, 2, 6, 11, 40, T), (32, T)):
             now = slice(max(end - count, 0), end)
             keys = -(-(start + end) // 64) * 64
-            mask = (bias[:, :, now, :, :keys], limit_T[now])
-            args = (many[0][:, now], *many[1:], *mask, scale, 16)
-            trials.append((keys, args, want[:, now]))
+            trials.append((keys, q_B[:, now], bias[:, :, now], limit_T[now], scale, want[:, now]))
 
     def agrees(span: int) -> bool:
-        fitting = ((args, want) for keys, args, want in trials if keys % 512 <= span)
-        return all(torch.equal(attend(*args, [span, 512]), want) for args, want in fitting)
+        for keys, q, bias, limit_T, scale, want in trials:
+            if keys % 512 <= span:
+                mask = bias[..., : filled(keys, [span, 512])]
+                y = attend(q, k_B, v_B, mask, limit_T, [span, 512], scale, 16)
+                if not torch.equal(y, want):
+                    return False
+        return True
 
     return [span for span in range(64, 513, 64) if agrees(span)] if agrees(512) else []
 
@@ -356,23 +358,19 @@ def like_attention(q, *others):
     return q.new_empty(*q.shape[:2], q[0, 0].numel())
 
 
-@opaque(f"attention({ATTENTION}, Tensor[] mask, float scale, bool exact) -> Tensor", like_attention)
-def cpu_attention(q, k, v, k_cache, v_cache, pos, mask, scale, exact):
+@opaque(
+    f"attend({ATTENTION}, Tensor bias, Tensor limit, int[] spans, float scale, int rows) -> Tensor",
+    like_attention,
+)
+def cpu_attention(q, k, v, k_cache, v_cache, pos, bias, limit, spans, scale, rows):
     """One recipe for prefill, decode and verify."""
     write_cache(k, v, k_cache, v_cache, pos)
-    args = (q, k_cache, v_cache, *mask, scale)
-    if not exact:
-        return attend(*args)
-    B, _, H, D = q.shape
-    G = k_cache.shape[1]
-    shape = (min(B, 2), min(G, 3), D, H // G)  # more of the same would show nothing new
-    spans = exact_spans(*shape, q.dtype, torch.get_num_threads())
     if spans:
-        return attend(*args, 16, spans)
-    bias = mask[0].expand(B, -1, -1, -1, -1)
-    rows = zip(*(x.split(1) for x in (q, k_cache, v_cache, bias)), strict=True)
+        return attend(q, k_cache, v_cache, bias, limit, spans, scale, rows)
+    bias = bias.expand(len(q), -1, -1, -1, -1)
+    alone = zip(*(x.split(1) for x in (q, k_cache, v_cache, bias)), strict=True)
     with one_thread():  # the reference, each row of the batch alone
-        return torch.cat([attend(*row, mask[1], scale, 16, [512]) for row in rows])
+        return torch.cat([attend(*row, limit, [512], scale, rows) for row in alone])
 
 
 exp = opaque("exp(Tensor x) -> Tensor", torch.empty_like)(torch.exp)
@@ -602,23 +600,33 @@ class Fast:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
-    def mask(self, mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, dtype):
-        """Over `span` keys; of a window on a GPU, where the kernel computes it, the window."""
+    def mask(self, mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, k_cache):
+        """Over `span` keys at least. On a GPU, where the kernel computes a window, the window."""
         if pos_BT.is_cuda and hasattr(mask_mod, "window"):
             return mask_mod.window
         if pos_BT.is_cuda and self.exact:
             raise InputError(f"on a GPU, --deterministic needs a sliding_window, not {mask_mod}")
-        return dense_mask(mask_mod, pos_BT, span, heads_GR, dtype)
+        spans = list(range(64, 513, 64))
+        if self.exact:
+            (G, R), D = heads_GR.shape, k_cache.shape[3]
+            threads = torch.get_num_threads()  # more rows and heads would show nothing new
+            spans = exact_spans(min(len(pos_BT), 2), min(G, 3), D, R, k_cache.dtype, threads)
+        span = filled(span, spans or [512])
+        return *dense_mask(mask_mod, pos_BT, span, heads_GR, k_cache), spans
 
     def attention(self, q_BTHD, k_BTGD, v_BTGD, k_cache, v_cache, pos_BT, mask, scale) -> Tensor:
         """[B, T, H * D]. New keys and values are first written to the caches [B, G, L, D]."""
         tensors = (q_BTHD, k_BTGD, v_BTGD, k_cache, v_cache, pos_BT)
         if isinstance(mask, int):
             return triton_attention(*tensors, mask, scale)
-        if torch.compiler.is_compiling() and q_BTHD.shape[1] == 1 and not self.exact:
-            write_cache(*tensors[1:])
-            return attend_in_loops(q_BTHD, k_cache, v_cache, mask[0], scale)
-        return cpu_attention(*tensors, mask, scale, self.exact)
+        bias, _, spans = mask
+        how = (*mask, scale, 16 if self.exact else 1)
+        if not torch.compiler.is_compiling() or q_BTHD.shape[1] > 1 or not spans:
+            return cpu_attention(*tensors, *how)
+        write_cache(*tensors[1:])
+        if self.exact:
+            return attend(q_BTHD, k_cache, v_cache, *how)
+        return attend_in_loops(q_BTHD, k_cache, v_cache, bias, scale)
 
     def log_softmax(self, logits: Tensor) -> Tensor:
         """fp32, over the last dimension."""

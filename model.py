@@ -284,8 +284,7 @@ class Transformer(nn.Module):
             new = [torch.zeros(shape, **options) for _ in range(2 * len(self.layers))]
             return list(zip(new[::2], new[1::2], strict=True))
         except RuntimeError as e:
-            size = f"{batch_size} x {length} tokens"
-            raise InputError(f"a cache of {size} does not fit the memory: {e}") from e
+            raise InputError(f"a cache of {batch_size} x {length} tokens does not fit: {e}") from e
 
     def forward(self, tokens_BT, pos_BT, cache: KVCache, end: int, last=False, decode=False):
         """fp32 logits [B, T, V] (T = 1 with `last`) of tokens at absolute positions `pos_BT`, all
@@ -295,7 +294,7 @@ class Transformer(nn.Module):
         views = {}
         for window, (table, mask_mod) in self.kinds.items():
             cos, sin = table[pos_BT].unsqueeze(2).unbind(3)
-            mask = self.ops.mask(mask_mod, pos_BT, span, self.heads, self.dtype)
+            mask = self.ops.mask(mask_mod, pos_BT, span, self.heads, cache[0][0])
             views[window] = (pos_BT, cos, sin, mask)
         views = [views[window] for window in self.config.windows]
         run = self.verify if decode else self.prefill

@@ -321,9 +321,9 @@ def arguments_alone(guards) -> list[bool]:
 
 
 @torch.inference_mode()
-def warm_up(engine, row: Request) -> tuple[float, float]:
-    """Seconds of a step of one token a slot, and of one that checks drafts, at best of three each,
-    after all that they need is compiled and probed."""
+def warm_up(engine, row: Request) -> float:
+    """Compile and probe all that steps need. Returns how many accepted drafts make up for what a
+    round that checks drafts takes longer than a step, at best of three each."""
     batch = len(engine.slots)
     row = replace(row, max_new_tokens=engine.length)  # as long as any
     sampler = Sampler([row] * batch, engine.model.device)
@@ -334,7 +334,7 @@ def warm_up(engine, row: Request) -> tuple[float, float]:
 
     one = min(timeit.repeat(lambda: step(1), repeat=3, number=1))
     several = min(timeit.repeat(lambda: step(engine.k + 1), repeat=3, number=1))
-    return one, several
+    return several / one - 1
 
 
 @contextlib.contextmanager

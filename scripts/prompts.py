@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from scripts import templates
+from scripts import requests, templates
+from scripts.checkpoint import is_first_rank
 from scripts.defaults import RANGES, check_bias, check_range, read_bias
 from scripts.files import Refusal, read_stream, refusing
+from scripts.outputs import Output
 from scripts.requests import Request, RequestMaker, message
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -30,6 +32,16 @@ LINE_TYPES = {
     "logit_bias": [dict],
     "stop": [str, list],
 }
+
+
+def wanted(args, maker: RequestMaker) -> tuple[list[Request], Output]:
+    """What is still to be done, and where it is written: at the first rank, since others read and
+    write nothing, and not in a conversation. Raises Refusal."""
+    if args.interactive or not is_first_rank():
+        return [], Output(None)
+    asked = read_requests(args, maker)
+    output = Output(args.output)
+    return requests.resume(output, asked), output
 
 
 def read_requests(args, maker: RequestMaker) -> list[Request]:

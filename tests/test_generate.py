@@ -218,8 +218,8 @@ def as_list(result):
 class WholeCache(Fast):
     """As on a GPU, every step looks over the whole cache: 128 positions and a spare block."""
 
-    def mask(self, mask_mod, pos_BT, span, heads_GR, dtype):
-        return super().mask(mask_mod, pos_BT, 192, heads_GR, dtype)
+    def mask(self, mask_mod, pos_BT, span, heads_GR, k_cache):
+        return super().mask(mask_mod, pos_BT, 192, heads_GR, k_cache)
 
 
 PENALIZED = {"repetition_penalty": 1.5, "logit_bias": {7: 3.0, 300: -9.0}, "min_p": 0.1}

@@ -638,7 +638,7 @@ def attend(mask_mod, dtype, T: int, poison=0.0) -> tuple[Tensor, Tensor]:
     caches = [x.masked_fill(behind, poison) for x in (k, v)]
     q_new, k_new, v_new = (x[rows, :, pos] for x in (q, k, v))
     span = -(-(int(pos.max()) + 1) // 64) * 64
-    mask = FAST.mask(mask_mod, pos, span, torch.arange(H).view(G, -1), dtype)
+    mask = FAST.mask(mask_mod, pos, span, torch.arange(H).view(G, -1), caches[0])
     got = FAST.attention(q_new, k_new, v_new, *caches, pos, mask, D**-0.5)
 
     b = torch.arange(B).view(B, 1, 1, 1)

@@ -485,7 +485,7 @@ def test_what_pays(folders, monkeypatch, kind, pays):
     else:
         flags += ["--draft_checkpoint_path", str(folders[1])]
     args = cli.parse_args(flags)
-    monkeypatch.setattr(generate.machine, "warm_up", lambda engine, row: (0.02, 0.07))
+    monkeypatch.setattr(generate.machine, "warm_up", lambda engine, row: 0.07 / 0.02 - 1)
     engine = generate.build(args, *generate.load(args), length=64)
     assert engine.k == 4 and engine.pauses.pays == pytest.approx(pays)
 

@@ -315,7 +315,7 @@ def test_both_ways_through_attention_were_taken(monkeypatch):
 
 def test_on_a_gpu_only_windows_can_be_masks():
     pos = SimpleNamespace(is_cuda=True)
-    others = (pos, 64, None, torch.float32)
+    others = (pos, 64, None, None)
     for ops in (FAST, BATCH_INVARIANT):
         assert ops.mask(causal, *others) == 1 << 30
         assert ops.mask(sliding_window(21), *others) == 21
