@@ -11,7 +11,7 @@ from scripts import activations, machine
 from scripts.contract import HalfRight
 
 pytestmark = needs_compiler
-LAYERS = {"smollm3": 2, "gemma3": 2}
+LAYERS = {"smollm3": 2, "olmo3": 2, "gemma3": 2}
 
 
 @pytest.mark.parametrize("name", EXACT)
