@@ -15,6 +15,8 @@ from scripts.activations import GeluFeedForward
 UNBIASED = {"attention_bias": False, "mlp_bias": False}
 WINDOWED = {"use_sliding_window": True, "mlp_bias": False}
 ALIKE = {"max_window_layers": 0, "layer_types": None}  # all layers have the window, or none
+# What transformers has fixed in OLMo 3, by the names that Gemma 3 gives it.
+OLMO3 = WINDOWED | {"sliding_window_pattern": 4, "rope_local_base_freq": 5e5}
 
 
 class Mixture(Layer):
@@ -207,6 +209,7 @@ FAMILIES["Qwen3ForCausalLM"] = (Block, {"qk_norm": True, "mlp_bias": False})
 FAMILIES["Phi3ForCausalLM"] = (Block, WINDOWED | UNBIASED | ALIKE)
 FAMILIES["SmolLM3ForCausalLM"] = (SmolLM3Block, {})
 FAMILIES["Olmo2ForCausalLM"] = (Olmo2Block, {"use_sliding_window": False, "mlp_bias": False})
+FAMILIES["Olmo3ForCausalLM"] = (Olmo2Block, OLMO3)
 FAMILIES["Gemma3ForCausalLM"] = (Gemma3Block, WINDOWED | {"qk_norm": True})
 FAMILIES["GraniteForCausalLM"] = (GraniteBlock, {"use_sliding_window": False})
 FAMILIES["MixtralForCausalLM"] = (

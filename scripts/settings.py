@@ -39,6 +39,7 @@ FAMILY_DEFAULTS = {
         "tie_word_embeddings": True,
     },
     "Olmo2ForCausalLM": {"rms_norm_eps": 1e-5},
+    "Olmo3ForCausalLM": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096},
     "Phi3ForCausalLM": {
         "rms_norm_eps": 1e-5,
         "partial_rotary_factor": 1.0,  # only families that know of it have it here
@@ -193,7 +194,7 @@ def activations(architecture: str) -> list[str]:
 
 def complete(settings: dict) -> None:
     """What a family makes of its own settings, which are checked as well."""
-    known = {"SmolLM3": smollm3, "Gemma3": gemma3, "Granite": granite}
+    known = {"SmolLM3": smollm3, "Olmo3": two_kinds, "Gemma3": gemma3, "Granite": granite}
     name = settings["architecture"].removesuffix("ForCausalLM")
     if name in known:
         known[name](settings)
@@ -215,10 +216,15 @@ def smollm3(settings: dict) -> None:
 
 
 def gemma3(settings: dict) -> None:
-    """Older files have the number of layers from one of full attention to the next, and two names
-    for what is now `rope_parameters` by type of layer: rope_scaling is of full attention alone."""
     settings["hidden_act"] = settings["hidden_activation"]
     number("query_pre_attn_scalar", settings["query_pre_attn_scalar"])
+    two_kinds(settings)
+
+
+def two_kinds(settings: dict) -> None:
+    """Full and sliding layers, with a RoPE each. Older files have the number of layers from one of
+    full attention to the next, and other names for what is now `rope_parameters` by type of layer:
+    rope_theta and rope_scaling are of full attention alone."""
     size(settings, "sliding_window")  # it cannot do without
     if not settings.get("layer_types"):
         pattern = size(settings, "sliding_window_pattern")

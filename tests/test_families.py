@@ -4,7 +4,7 @@ published files. What --deterministic promises of each is in test_families_exact
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_config import BASE, by_type, without, write, write_config
+from test_config import BASE, DEFAULT, by_type, without, write, write_config
 from test_model import feed_all, load
 from transformers import AutoModelForCausalLM
 
@@ -38,10 +38,18 @@ SCALARS = {
 }
 SMOLLM3 = family("SmolLM3", "smollm3", use_sliding_window=False)
 OLMO2 = family("Olmo2", "olmo2", rope_theta=500000)
+OLMO3 = family("Olmo3", "olmo3", sliding_window=17, rope_theta=5000.0, rope_scaling=YARN)
 PHI3 = family("Phi3", "phi3", rope_theta=5000.0, sliding_window=70)
 GEMMA3 = family("Gemma3", "gemma3_text", head_dim=32, sliding_window=17, query_pre_attn_scalar=20)
 GRANITE = family("Granite", "granite", rope_theta=5000.0, **SCALARS)
-FAMILIES = {"smollm3": SMOLLM3, "olmo2": OLMO2, "phi3": PHI3, "gemma3": GEMMA3, "granite": GRANITE}
+FAMILIES = {
+    "smollm3": SMOLLM3,
+    "olmo2": OLMO2,
+    "olmo3": OLMO3,
+    "phi3": PHI3,
+    "gemma3": GEMMA3,
+    "granite": GRANITE,
+}
 CASES = {
     # HuggingFaceTB/SmolLM3-3B
     "smollm3": SMOLLM3 | {"no_rope_layers": [1, 1, 1, 0, 1, 1], "no_rope_layer_interval": 4},
@@ -56,6 +64,15 @@ CASES = {
     "olmo2, nothing said": without(OLMO2, "rope_theta", "num_key_value_heads"),
     "olmo2, biases": OLMO2 | {"attention_bias": True},
     "olmo2, long": OLMO2 | {"rope_parameters": YARN | {"rope_theta": 5000.0}},
+    # older and newer files, as the class of transformers reads both
+    "olmo3": OLMO3
+    | {"layer_types": ["sliding_attention", "full_attention"] * 3, "attention_bias": False},
+    "olmo3, nothing said": without(OLMO3, "rope_theta", "rope_scaling", "num_key_value_heads"),
+    "olmo3, no window in sight": without(OLMO3, "sliding_window"),
+    "olmo3, words of Gemma": OLMO3 | {"sliding_window_pattern": 2, "rope_local_base_freq": 500.0},
+    "olmo3, biases": OLMO3 | {"attention_bias": True},
+    "olmo3, by type": without(OLMO3, "rope_theta", "rope_scaling")
+    | {"rope_parameters": by_type(YARN | {"rope_theta": 3e4}, DEFAULT | {"rope_theta": 5e3})},
     # microsoft/Phi-3-mini-4k-instruct, -128k-instruct and Phi-4-mini-instruct
     "phi3": PHI3 | {"rope_scaling": None, "attention_bias": False},
     "phi3, nothing said": without(PHI3, "rope_theta", "num_key_value_heads", "sliding_window"),
@@ -112,6 +129,7 @@ def test_so_they_are_in_chunks(tmp_path, config):
 CONTROLS = {
     "smollm3": {"no_rope_layers": [1] * 6},
     "olmo2": {"rms_norm_eps": 0.1},
+    "olmo3": {"rope_parameters": {"sliding_attention": YARN}},
     "phi3": {"partial_rotary_factor": 0.5},
     "gemma3": {"rope_local_base_freq": 1e6},
     "granite": {"residual_multiplier": 0.23},
@@ -163,6 +181,8 @@ BAD = {
     "gelu": (GEMMA3, {"hidden_activation": "gelu"}, "hidden_act gelu .*gelu_pytorch_tanh"),
     "relu": (PHI3, {"hidden_act": "relu"}, "hidden_act relu .*silu"),
     "no window": (GEMMA3, {"sliding_window": None}, "sliding_window is None"),
+    "no window of an OLMo": (OLMO3, {"sliding_window": None}, "sliding_window is None"),
+    "one RoPE of an OLMo": (OLMO3, {"rope_parameters": YARN}, "expected those of each type"),
     "pattern": (GEMMA3, {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
     "scalar": (GEMMA3, {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar is -1"),
     "scalar of text": (GEMMA3, {"query_pre_attn_scalar": "256"}, "query_pre_attn_scalar is '256'"),

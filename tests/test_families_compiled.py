@@ -11,7 +11,7 @@ from scripts import activations, machine
 from scripts.contract import HalfRight
 
 pytestmark = needs_compiler
-LAYERS = {"smollm3": 2, "gemma3": 2}
+LAYERS = {"smollm3": 2, "olmo3": 2, "gemma3": 2}
 QUICK = ("gemma3", "granite")  # of the others, blocks are made of what these two have
 NAMES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in EXACT]
 

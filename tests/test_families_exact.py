@@ -7,7 +7,7 @@ import pytest
 import test_tp
 import torch
 from safetensors.torch import load_file, save_file
-from test_families import FAMILIES, LONG, PARTS, SCALARS
+from test_families import FAMILIES, LONG, PARTS, SCALARS, YARN
 from test_quantize import answers, load, logits
 from test_tp import Ranks, printed_by_one
 
@@ -23,6 +23,11 @@ SHAPE = {"num_hidden_layers": 2, "attention_bias": True}
 EXACT = {
     "smollm3": {"no_rope_layers": [1, 0]},
     "olmo2": {},
+    "olmo3": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 40,
+        "rope_scaling": YARN,
+    },
     "phi3": PARTS | {"rope_scaling": {"type": "longrope"} | LONG, "sliding_window": 40},
     "gemma3": {
         "layer_types": ["sliding_attention", "full_attention"],
