@@ -68,7 +68,7 @@ def tree(tmp_path_factory):
     (tree / "prompts.jsonl").write_text(
         '{"prompt": "The quick"}\n{"prompt": "brown fox", "seed": 5}\n'
     )
-    for name in ("notes.txt", "book.txt"):
+    for name in ("LICENSE", "book.txt"):
         (tree / name).write_text("The lazy dog jumps over the other fox.\n" * 5)
     (tree / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 1500)
     write_gguf(tree / "model.gguf")
