@@ -74,11 +74,12 @@ def check_source(source: str) -> None:
     is_file = source == DEFAULT.name or source.endswith(".gguf")
     if not (is_file or is_directory(source) or is_name(source)):
         example = f"HuggingFaceTB/{DEFAULT.name}"
-        raise Refusal(f"expected FILE.gguf, DIR, or org/name of the hub such as {example}")
+        raise Refusal(f"expected FILE.gguf, or org/name of the hub such as {example}, or DIR")
 
 
 def is_directory(source: str) -> bool:
-    return source != DEFAULT.name and Path(source).is_dir()
+    """Whether it is one of a checkpoint."""
+    return source not in ("", DEFAULT.name) and (Path(source) / "config.json").exists()
 
 
 def is_name(source: str) -> bool:
@@ -247,10 +248,10 @@ def main() -> None:
     name = args.source
     if name.endswith(".gguf"):
         name = Path(name).name.removesuffix(".gguf")
-    if is_directory(args.source) and not args.out:
-        parser.error(f"{args.source} is a directory, expected --out NEW as well")
     try:
         interrupts.raise_again()
+        if is_directory(args.source) and not args.out:
+            raise Refusal("a directory, expected --out NEW as well")
         fetch(args.out or place(name), args.source)
     except KeyboardInterrupt:
         parser.error(f"{args.source}: interrupted")

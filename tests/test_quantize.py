@@ -523,7 +523,7 @@ def test_a_quantized_draft_of_the_model_itself_changes_no_bits(checkpoint_path, 
 
 UNTIED = CONFIG | {"tie_word_embeddings": False}
 BAD_CONFIGS = {  # quantization_config, and the message
-    "method": ({"quant_method": "awq", "bits": 4}, "awq is not supported"),
+    "method": ({"quant_method": "awq", "bits": 4}, "quantized by awq; convert it"),
     "group": ({"mode": "int4", "group_size": 7}, "group_size 7 is not supported"),
     "int4": ({"mode": "int4", "group_size": 32}, "missing"),
     "int8": ({"mode": "int8"}, "missing"),
