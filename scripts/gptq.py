@@ -6,7 +6,7 @@ python scripts/gptq.py --calibration TEXT.txt --group_size 64 --out NEW
 Any UTF-8 text serves, best one like those that the model will see; - is standard input. Sequences
 of 512 tokens are taken evenly from all of it. It runs on a CPU. Beside the weights of a layer, and
 up to a gigabyte of what is to be written, memory holds what the layer before made of those tokens,
-4 bytes x tokens x hidden_size (0.5 GB where that is 4096), and four times the square of the inputs
+4 bytes x tokens x hidden_size (0.3 GB where that is 4096), and four times the square of the inputs
 of a weight (3.3 GB for 14336). The same text, flags and number of threads give the same bytes.
 
 The algorithm is GPTQ (Frantar et al. 2022, https://arxiv.org/abs/2210.17323), layer by layer."""
