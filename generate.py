@@ -28,7 +28,7 @@ def logprobs_of(ids: Tensor, logits: Tensor, model: Transformer) -> Tensor:
     return model.ops.log_softmax(logits).gather(-1, ids[..., None])[..., 0]
 
 
-def draw(model, logits_BTV: Tensor, pos_BT: Tensor, sampler: Sampler, settings: list[Tensor]):
+def draw(model, logits_BTV: Tensor, pos_BT: Tensor, sampler: Sampler, settings):
     """Tokens for those positions and their logprobs, both [B, T]."""
     drawn_BT = sampler(logits_BTV.flatten(0, 1), pos_BT.flatten(), settings).view(pos_BT.shape)
     return drawn_BT, logprobs_of(drawn_BT, logits_BTV, model)

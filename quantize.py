@@ -103,16 +103,17 @@ class Int4Linear(Packed):
             width = high * most - low * least
             scale = (width / 15).clamp(min=1e-30).bfloat16()
             zero = (-low * least / scale).half()
-            codes = (w / scale).add_(zero).round_().clamp_(0, 15)
-            error = (codes - zero).mul_(scale).sub_(w).square_().sum(-1, keepdim=True)
-            found = [error, codes, scale, zero]
+            changed = (w / scale).add_(zero).round_().clamp_(0, 15).sub_(zero).mul_(scale)
+            error = changed.sub_(w).square_().sum(-1, keepdim=True)
+            found = [error, scale, zero]
             if best is None:
                 best = found
             better = error < best[0]
             best = [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
-        _, codes, scale, zero = (x.flatten(1) for x in best)
-        pairs = codes[:, ::2] + 16 * codes[:, 1::2]
-        return {"weight": pairs.to(torch.uint8), "scale": scale, "zero": zero}
+        _, scale, zero = best
+        codes = (w / scale).add_(zero).round_().clamp_(0, 15).flatten(1)
+        pairs = (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8)
+        return {"weight": pairs, "scale": scale.flatten(1), "zero": zero.flatten(1)}
 
     def pack(self, weight: Tensor, scale: Tensor, zero: Tensor, exact: bool) -> None:
         self.group = 2 * weight.shape[1] // scale.shape[1]
