@@ -277,7 +277,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.group("of this command")
     text = "what to calibrate with; needed"
     parser.add("--calibration", type=Path, required=True, metavar="TEXT", help=text)
-    parser.path("--checkpoint_path", "DIR", "what to quantize (the default model)")
+    parser.checkpoint("--checkpoint_path", "what to quantize (the default model)")
     text = "weights that share a scale (%(default)s)"
     parser.add("--group_size", type=int, choices=cli.GROUP_SIZES, default=64, help=text)
     parser.number("--tokens", 16384, "of the text that are used; more take longer")
