@@ -167,10 +167,11 @@ def report(done: int, total: int, seconds: float) -> None:
 def views(model: Transformer, T: int) -> list[tuple]:
     """What each layer is told of the positions of a sequence; see Transformer.forward."""
     pos_BT = torch.arange(T)[None]
+    cache = torch.empty(1, 1, 0, model.config.head_dim, dtype=model.dtype)  # as those of `run` are
     found = {}
     for window, (table, mask_mod) in model.kinds.items():
         cos, sin = table[pos_BT].unsqueeze(2).unbind(3)
-        mask = model.ops.mask(mask_mod, pos_BT, whole_blocks(T), model.heads, model.dtype)
+        mask = model.ops.mask(mask_mod, pos_BT, whole_blocks(T), model.heads, cache)
         found[window] = (pos_BT, cos, sin, mask)
     return [found[window] for window in model.config.windows]
 
