@@ -56,11 +56,12 @@ STEPS = 32  # of decoding, that are timed as one
 # ---- the table
 
 
-def load_models(args: argparse.Namespace) -> list[Transformer]:
-    """The model without the flag, and if it is given, another one with it."""
+def load_models(args: argparse.Namespace, batch: int) -> list[Transformer]:
+    """The model without the flag, and if it is given, another one with it; for so many slots."""
     models = []
     for deterministic in (False, True) if args.deterministic else (False,):
-        flags = argparse.Namespace(**vars(args) | {"deterministic": deterministic})
+        own = {"deterministic": deterministic, "batch_size": batch}
+        flags = argparse.Namespace(**vars(args) | own)
         model, _ = generate.load(flags)
         machine.set_up(model, args.compile, args.compile_prefill)
         models.append(model)
@@ -132,7 +133,8 @@ def tabulate(args: argparse.Namespace) -> None:
         plot.check_same([*plot.read_rows(args.output), about])
     lock = open(args.lock, "w", encoding="utf-8") if args.lock else tempfile.TemporaryFile()
     fcntl.flock(lock, fcntl.LOCK_SH)  # nobody measures while others load
-    models = load_models(args)
+    several = cells[0].batch > 1
+    models = load_models(args, cells[0].batch)
     model = models[0]
     check(cells, model.config.max_position_embeddings)
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -147,6 +149,11 @@ def tabulate(args: argparse.Namespace) -> None:
     about["limit_GB/s"] = limit / 1e9
     with Table(names, len(cells) * args.runs, output, about, heading) as table:
         for cell in cells:
+            if args.compile and model.device.type == "cpu" and several != (cell.batch > 1):
+                several = not several
+                model = models = None  # gone before there are others: one slot has its own
+                models = load_models(args, cell.batch)
+                model = models[0]
             seconds = measure(models, cell, length, args, lock, table)
             table.add(row(model, cell, seconds, limit))
     if drawing:

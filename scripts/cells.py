@@ -54,11 +54,16 @@ def read_list(given: str) -> list[int]:
         return [int(n) for n in given.split(",")]
 
 
+def has_slots(cell: Cell) -> bool:
+    return cell.batch > 1
+
+
 def choose_cells(args: argparse.Namespace) -> list[Cell]:
+    """Those of one slot first, for which a model may be loaded otherwise."""
     cells = [Cell("prefill", 1, n) for n in read_list(args.prompts)]
     for context in read_list(args.contexts):
         cells += [Cell("decode", batch, context) for batch in read_list(args.batches)]
-    return cells
+    return sorted(cells, key=has_slots)
 
 
 def check(cells: list[Cell], context: int) -> None:

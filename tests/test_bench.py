@@ -75,7 +75,7 @@ def test_bench(config, monkeypatch, capsys, flags, columns):
     asked = ("--batches", "1,2", "--contexts", "16,200", "--output", path)
     bench_here(monkeypatch, config, *asked, *flags)
     table = table_rows(capsys.readouterr().out)
-    cells = [("prefill", "1", "30"), *(("decode", b, n) for n in ("16", "200") for b in ("1", "2"))]
+    cells = [("prefill", "1", "30"), *(("decode", b, n) for b in ("1", "2") for n in ("16", "200"))]
     assert [tuple(row[:3]) for row in table] == cells
     assert all(len(row) == columns for row in table)
     assert all(float(x) > 0 for row in table for x in row[3:])
@@ -134,8 +134,8 @@ def test_processes_that_share_a_lock_measure_one_at_a_time(config, monkeypatch, 
     load_models, timed = bench.load_models, bench.timeit.timeit
     alone = []
 
-    def watched_load(args):
-        models = load_models(args)
+    def watched_load(*args):
+        models = load_models(*args)
         loaded.set()
         return models
 
