@@ -84,6 +84,14 @@ def test_the_readme_has_commands():
     assert len(lines) <= 150
 
 
+def test_what_shows_a_claim_is_there():
+    named = re.findall(r"tests/\w+\.py(?:::\w+)?", (ROOT / "docs" / "claims.md").read_text())
+    assert len(named) > 40
+    for name in named:
+        path, _, test = name.partition("::")
+        assert f"def {test}" in (ROOT / path).read_text(), name
+
+
 def test_the_experiments_run(tmp_path):
     """All in one process, as they are; what they count depends on the machine."""
     blocks = EXPERIMENT.findall((ROOT / "docs" / "numerics.md").read_text())
