@@ -11,9 +11,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from kernels import fill_up
 from scripts.requests import Completion, Request
 
 WORD = 0xFFFFFFFF
+CHUNK = 16  # of neighbours in the vocabulary, of which the largest is found first
 IDLE = Request(0, "", [], temperature=0)  # of a row that draws for nobody
 FIELDS = {  # of a request that a draw takes, one number each
     "temperature": torch.float32,
@@ -51,15 +53,26 @@ def gumbel(key_B2: Tensor, pos_B: Tensor, ids_BK: Tensor) -> Tensor:
 
 
 def top(logits_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest fp32 logits and their ids, by (value descending, id ascending): packed into one
-    integer no two are alike."""
-    V = logits_BV.shape[1]
-    ids = torch.arange(V, device=logits_BV.device)
-    bits = (logits_BV + 0.0).view(torch.int32)  # adding 0 turns -0 into 0
-    ordered = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long()
-    packed = (ordered << 32 | (WORD - ids)).topk(min(k, V)).values
-    ids = WORD - (packed & WORD)
+    """The k largest fp32 logits and their ids, by (value descending, id ascending)."""
+    B, V = logits_BV.shape
+    values, ids = logits_BV, torch.arange(V, device=logits_BV.device).expand(B, V)
+    if V > k * CHUNK:
+        # They lie in the k chunks whose own largest come first: nothing else need be compared.
+        chunks = fill_up(values, 0, -V % CHUNK, value=-math.inf).unflatten(1, (-1, CHUNK))
+        numbers = ids[:, : chunks.shape[1]]
+        best_BK1 = largest(chunks.amax(-1), numbers, k)[..., None]
+        values = chunks.gather(1, best_BK1.expand(-1, -1, CHUNK)).flatten(1)
+        ids = (best_BK1 * CHUNK + ids[0, :CHUNK]).flatten(1)
+    ids = largest(values, ids, min(k, V))
     return logits_BV.gather(-1, ids), ids
+
+
+def largest(values_BN: Tensor, ids_BN: Tensor, k: int) -> Tensor:
+    """Which ids have the k largest fp32 values, by (value descending, id ascending): packed into
+    one integer no two are alike."""
+    bits = (values_BN + 0.0).view(torch.int32)  # adding 0 turns -0 into 0
+    ordered = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long()
+    return WORD - ((ordered << 32 | (WORD - ids_BN)).topk(k).values & WORD)
 
 
 def rounded_up(size: int) -> int:

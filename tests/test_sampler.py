@@ -190,6 +190,31 @@ def test_top_breaks_ties_by_id():
         assert got_values.tolist()[0] == [values[i] for i in want[:k]]
 
 
+@pytest.mark.parametrize("V", [5000, 4096, 300])
+@pytest.mark.parametrize("k", [1, 7, 64, 256])
+def test_top_of_many_with_ties(V, k):
+    """By chunks, where there are enough of them, as by a stable sort of all. Of the rows one has
+    few values, one is ordered, one has infinities."""
+    torch.manual_seed(V + k)
+    rows = torch.randn(5, V)
+    rows[1] = rows[1].round()
+    rows[2] = rows[2].sort().values
+    rows[3, V // 2 :] = float("-inf")
+    rows[4] = float("-inf")
+    values, ids = top(rows, k)
+    want = rows.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(ids, want.indices[:, :k])
+    assert torch.equal(values, want.values[:, :k])
+
+
+def test_chunks_by_their_value_alone_lose_a_tie(monkeypatch):
+    """The negative control: of chunks with the same largest value, the last ones."""
+    rows = torch.zeros(1, 4096)
+    assert top(rows, 4)[1].tolist() == [[0, 1, 2, 3]]
+    monkeypatch.setattr(sampling, "largest", lambda values, ids, k: ids[:, -k:])
+    assert top(rows, 4)[1].tolist() != [[0, 1, 2, 3]]
+
+
 def drawn_ids(logits, n=600, **fields):
     """All that is drawn at positions 0 to n - 1."""
     logits_NV = torch.tensor([logits]).expand(n, -1)
