@@ -13,7 +13,7 @@ from kernels import BATCH_INVARIANT, FAST, InputError
 from model import Layer, Transformer
 from scripts import checkpoint, cli, defaults, download, drafts, machine
 from scripts.configuration import read_config, read_shape
-from scripts.one_row import stream
+from scripts.few_rows import prepare
 from scripts.ranks import together
 from scripts.tokenizer import Tokenizer
 
@@ -47,8 +47,7 @@ def load(args, ranks: int | None = None) -> tuple[Transformer, Tokenizer]:
         slices = checkpoint.open_weights(directory, tensor_shapes(model))
         load_weights(model, slices, cli.progress_of("loading"))
     has_drafts = args.prompt_lookup or args.draft_checkpoint_path or args.draft_quantize
-    if args.compile and args.batch_size == 1 and not has_drafts:
-        stream(model)
+    prepare(model, args.compile and args.batch_size == 1 and not has_drafts)
     return model, tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Linear layers of one compiled row, in scripts/one_row.py."""
+"""Linear layers of one compiled row, or a few of int8, in scripts/few_rows.py."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import randn
 
 import quantize
 from kernels import BATCH_INVARIANT, FAST, Packed
-from scripts import cli, loading, machine, one_row
+from scripts import cli, few_rows, loading, machine
 
 MODES = [None, "int8", "int4"]
 
@@ -30,51 +30,70 @@ def packed(mode, ops=FAST, shape=(96, 128), bias=True, dtype=torch.float32):
     return quantize.pack(mode, ops, tensors, bias), floats, bias
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def error(y, x, floats, bias):
+    """The largest, over the largest output."""
+    want = x.double() @ floats.T + (0 if bias is None else bias.double())
+    assert y.shape == want.shape
+    return (y - want).abs().max() / want.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("mode", MODES)
 def test_one_row_is_the_product(monkeypatch, mode, bias, dtype):
-    """In code that a compiler would trace, and as before for several rows and in eager code."""
+    """In code that a compiler would trace, and as before for many rows."""
     layer, floats, bias = packed(mode, bias=bias, dtype=dtype)
-    x = randn(3, 1, 128).to(dtype)
-    before = [layer.forward(rows) for rows in (x, x[:1])]
-    row = one_row.one_row(layer, dtype)
-    after = [row(rows) for rows in (x, x[:1])]
+    x = randn(few_rows.FEW_ROWS + 1, 1, 128).to(dtype)
+    many, one = layer.forward(x), layer.forward(x[:1])
+    layer = few_rows.prepared(layer, dtype, one_slot=True)
+    torch.testing.assert_close(layer.forward(x), many)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    y = row(x[:1])
+    y = layer.forward(x[:1])
     monkeypatch.undo()
-
-    want = x[:1].double() @ floats.T + (0 if bias is None else bias.double())
-    assert y.shape == want.shape and y.dtype == dtype
+    assert y.dtype == dtype
     if mode == "int4":
-        assert torch.equal(y, before[1])
-        assert isinstance(row, one_row.OneRow) == (dtype == torch.bfloat16)
+        assert torch.equal(y, one)
+        assert isinstance(layer, few_rows.OneRow) == (dtype == torch.bfloat16)
     else:
-        assert (y - want).abs().max() < want.abs().max() * torch.finfo(dtype).eps * 4
-    for ours, theirs in zip(after, before, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        assert error(y, x[:1], floats, bias) < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(96, 128), (33, 48), (50, 36)])
+def test_a_few_rows_of_int8(dtype, shape):
+    """Without the rounding of inputs to codes, where scales and sizes allow it."""
+    layer, floats, bias = packed("int8", shape=shape, dtype=dtype)
+    few = few_rows.prepared(layer, dtype, one_slot=False)
+    assert isinstance(few, few_rows.FewCodes) == (shape[1] % 16 == 0)
+    for rows in (1, 3, few_rows.FEW_ROWS):
+        x = randn(rows, 1, shape[1], generator=torch.Generator().manual_seed(rows)).to(dtype)
+        y = few.forward(x)
+        assert y.dtype == dtype
+        codes = 2e-4 if few is layer else 0
+        assert error(y, x, floats, bias) < codes + 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("amx", [True, False])
 def test_codes_out_of_both_kernels(monkeypatch, amx):
-    for module in (quantize, one_row):
+    for module in (quantize, few_rows):
         monkeypatch.setattr(module, "AMX", amx)
     tensors = quantize.quantized("int8", randn(96, 128), 0)
-    codes, scale = one_row.codes_of(quantize.pack("int8", FAST, dict(tensors)))
-    assert torch.equal(codes, tensors["weight"])
-    assert torch.equal(scale, tensors["scale"].float().flatten())
+    layer = quantize.pack("int8", FAST, dict(tensors))
+    few = few_rows.prepared(layer, torch.float32, one_slot=True)
+    assert torch.equal(few.weight, tensors["weight"])
+    assert torch.equal(few.scale, tensors["scale"].float().flatten())
 
 
 def test_which_layers_stay_as_they_are(monkeypatch):
-    wide = packed(None, shape=(8, one_row.MOST_INPUTS + 32))[0]
-    assert one_row.one_row(wide, wide.weight.dtype) is wide
+    wide = packed(None, shape=(8, few_rows.MOST_INPUTS + 32))[0]
     exact = packed(None, BATCH_INVARIANT)[0]
-    assert one_row.one_row(exact, torch.float32) is exact
     eight = packed("int8")[0]
-    monkeypatch.setattr(one_row, "MOST_CODES", 96 * 128 - 1)
-    assert one_row.one_row(eight, torch.float32) is eight
-    monkeypatch.undo()
-    assert one_row.one_row(eight, torch.float32) is not eight
+    for layer in (wide, exact):
+        assert few_rows.prepared(layer, torch.float32, True) is layer
+    for name in ("FEW_CODES", "MOST_CODES"):
+        assert few_rows.prepared(eight, torch.float32, True) is not eight
+        monkeypatch.setattr(few_rows, name, 96 * 128 - 1)
+    assert few_rows.prepared(eight, torch.float32, True) is eight
 
 
 def loaded(directory, *flags):
@@ -103,13 +122,14 @@ def test_a_compiled_step_calls_no_library_for_floats_and_codes(tmp_path, monkeyp
 
     for several in (False, True):
         args, model = loaded(directory, *quantized, "--compile", *["--prompt_lookup"] * several)
-        assert isinstance(model.layers[0].o.packed, one_row.OneRow) != several
+        asks = several and mode != "int8"  # of which a compiled row is always so
+        assert isinstance(model.layers[0].o.packed, few_rows.OneRow) != asks
         machine.set_up(model, args.compile, args.compile_prefill)
         got = step(model, cache)
         assert (got - want).abs().max() < 0.03 * want.abs().max()
         with monkeypatch.context() as patch:
             patch.setattr(Packed, "table", {})
-            if several:
+            if asks:
                 with pytest.raises(KeyError):
                     step(model, cache)
             else:

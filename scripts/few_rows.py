@@ -1,0 +1,117 @@
+"""Linear layers for one row, or a few: there, what surrounds the product of a small weight takes
+longer than the product. One compiled row has loops over a weight that Inductor writes into the code
+around them; at one row they also read memory faster than oneDNN does. In eager code a few rows of
+int8 need not become codes: PyTorch has a product of floats with codes, which is slow for many."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from kernels import Fast, Packed
+from model import Linear, Transformer
+from quantize import AMX, Int4Linear, Int8Linear
+
+MOST_INPUTS = 4096  # of more, a row does not stay in a core's first cache
+MOST_CODES = 6 << 20  # a larger weight in 8 bits is quicker by FBGEMM, and these are there twice
+FEW_CODES, FEW_ROWS = 2 << 20, 8  # so many at most for the product of floats with codes
+
+
+class OneRow(nn.Module):
+    """A packed weight that multiplies one row in a compiled graph by what it is made of: weight
+    [N, K], and of codes a scale a row. Without these, PyTorch's own op goes into the graph."""
+
+    def __init__(self, packed: Packed, weight: Tensor | None = None, scale: Tensor | None = None):
+        super().__init__()
+        self.packed = packed
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() or x.shape[:-1].numel() > 1:
+            return self.several_rows(x)
+        if self.weight is None:
+            return self.packed.products(x)
+
+        row = x.flatten().float()
+        # A strided view is of a tensor in memory: else each output would compute its input anew.
+        row = row.as_strided(row.shape, row.stride())
+        y = (self.weight.float() * row).sum(-1)
+        if self.scale is not None:
+            y = y * self.scale
+        return self.finished(y.view(*x.shape[:-1], -1), x.dtype)
+
+    def several_rows(self, x: Tensor) -> Tensor:
+        return self.packed.forward(x)
+
+    def finished(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """With the bias, and in that dtype unless other ranks have more of the sum."""
+        if self.packed.bias is not None:
+            y = y + self.packed.bias
+        return y if self.packed.partial else y.to(dtype)
+
+
+class FewCodes(OneRow):
+    """A small weight in 8 bits. A compiler makes little of the codes of inputs, eager code does
+    not."""
+
+    def several_rows(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or x.shape[:-1].numel() > FEW_ROWS:
+            return self.packed.forward(x)
+        rows = x.flatten(0, -2).contiguous()
+        y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
+        return self.finished(y.view(*x.shape[:-1], -1), x.dtype)
+
+
+def prepare(model: Transformer, one_slot: bool) -> None:
+    """Give the layers of a loaded model what few rows take; with `one_slot`, what one compiled row
+    takes as well. A float weight leaves its blocks for that: without them products of several rows
+    take up to twice the time, and those of hundreds 1.04 times."""
+    if type(model.ops) is not Fast or model.device.type != "cpu":
+        return
+    for layer in traced_layers(model):
+        layer.packed = prepared(layer.packed, layer.dtype, one_slot)
+
+
+def traced_layers(module: nn.Module) -> Iterator[Linear]:
+    """Those that a compiled graph looks into: of a mixture of experts, it sees a handle."""
+    for child in module.children():
+        if isinstance(child, Linear):
+            yield child
+        elif not hasattr(child, "handle"):
+            yield from traced_layers(child)
+
+
+def prepared(packed: Packed, dtype: torch.dtype, one_slot: bool) -> nn.Module:
+    """For an input of that dtype; the layer itself where nothing would be gained."""
+    kind = type(packed)
+    if kind is Int8Linear:
+        return with_codes(packed, dtype, one_slot)
+    if not one_slot:
+        return packed
+    if kind is Int4Linear and packed.grid_0.dtype == dtype:
+        # Another grid would be converted at each step, which Inductor does not take there.
+        return OneRow(packed)
+    if kind is not Packed or packed.weight.shape[1] > MOST_INPUTS:
+        return packed
+    if packed.weight.is_mkldnn:
+        packed.weight = packed.weight.to_dense()
+        packed.operands = (packed.weight, packed.bias)
+        packed.opaque = False
+    return OneRow(packed, packed.weight)
+
+
+def with_codes(packed: Int8Linear, dtype: torch.dtype, one_slot: bool) -> nn.Module:
+    """With its codes, int8 [N, K], and scales [N], out of the kernel's layout, if they are few."""
+    if AMX:
+        codes, scale = packed.weight.to_dense().T.contiguous(), packed.scale
+    else:
+        weight, _ = torch.ops.quantized.linear_unpack(*packed.packed)
+        codes, scale = weight.int_repr(), weight.q_per_channel_scales().float()
+    # The product of floats with codes takes scales of their dtype, and reads 16 inputs at a time.
+    same = scale.to(dtype)
+    if codes.numel() <= FEW_CODES and codes.shape[1] % 16 == 0 and torch.equal(same.float(), scale):
+        return FewCodes(packed, codes, same)
+    if one_slot and codes.numel() <= MOST_CODES and codes.shape[1] <= MOST_INPUTS:
+        return OneRow(packed, codes, scale)
+    return packed
