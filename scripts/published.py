@@ -38,7 +38,11 @@ def convert(source: Path, work: Path) -> None:
     config = checkpoint.read_json(source / "config.json")
     method = settings.published_by(config)
     if method is None:
-        raise Refusal(f"{source} is not quantized, or in no way that can be converted")
+        name = settings.json_object(config, "quantization_config").get("quant_method")
+        valid = ", ".join(name for name in formats.METHODS if name != "mlx")
+        expected = f"expected a quant_method of {valid}, or what MLX writes"
+        found = f"quantized by {name!r}" if name else "not quantized"
+        raise Refusal(f"{source} is {found}, {expected}")
     with refusing(f"{source}: it is not what its config.json says", *WRONG):
         slices = open_slices(source, config, method)
         write_config(work, config)

@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -464,10 +465,15 @@ REFUSED = {
     "gptq as 8": (changed("gptq", {"bits": 8}), "expected I32"),
     "gptq true bits": (changed("gptq", {"bits": 4.0}), "bits 4.0 .* 4, 8"),
     "gptq order": (changed("gptq", g_idx=NOT_PLAIN), "act-order"),
+    "gptq order missing": (changed("gptq", {"desc_act": True}, ["g_idx"]), "g_idx is missing"),
     "gptq zeros": (changed("gptq 8 of rows", qzeros=torch.zeros(1, 32).int()), "besides 128"),
     "packed format": (changed("packed", {"format": "pack-3"}), "format 'pack-3' .* pack-quantized"),
     "packed bits": (changed("packed", GROUPS), "num_bits 2"),
     "packed order": (changed("packed", weight_g_idx=NOT_PLAIN), "act-order"),
+    "packed order missing": (
+        changed("packed", of_int("group", group_size=64, actorder="group")),
+        "weight_g_idx is missing",
+    ),
     "packed shape": (changed("packed", weight_shape=torch.tensor([128, 100])), "weight_shape says"),
     "packed status": (changed("packed", {"quantization_status": "frozen"}), "'frozen'"),
     "packed rotated": (changed("packed", {"transform_config": {"a": {}}}), "transform_config"),
@@ -477,12 +483,19 @@ REFUSED = {
     "fp8 fmt": (changed("fp8", {"fmt": "e5m2"}), "fmt 'e5m2'"),
     "fp8 blocks": (changed("fp8", {"weight_block_size": [64, 64]}), "weight_scale_inv is"),
     "fp8 odd blocks": (changed("fp8", {"weight_block_size": [0, 64]}), "two integers"),
+    "fp8 empty": (changed("fp8", weight=torch.zeros(0, 192).to(torch.float8_e4m3fn)), "a matrix"),
     "fp8 dtype": (changed("fp8", weight=torch.zeros(128, 192)), "is F32 .* expected F8_E4M3"),
     "mlx mode": (changed("mlx", {"mode": "mxfp4"}), "mode 'mxfp4' .* affine"),
     "mlx bits": (changed("mlx", {"bits": 8}), "scales is BF16 .*, expected"),
     "mlx constant": (
         changed("mlx", scales=torch.full((128, 3), 1e-9).bfloat16()),
         "a group has one value",
+    ),
+    "mlx NaN": (changed("mlx", biases=torch.full((128, 3), torch.nan).bfloat16()), "has NaN"),
+    "mlx inf": (changed("mlx", biases=torch.full((128, 3), torch.inf).bfloat16()), "has NaN"),
+    "another method": (
+        changed("awq", {"quant_method": "quip"}),
+        "by 'quip', expected .* awq, gptq",
     ),
     "another shape": (changed("awq", drop=["qweight", "qzeros", "scales"]), "weight is missing"),
     "an extra tensor": (changed("awq", extra=torch.ones(1)), "extra is not expected"),
@@ -499,6 +512,25 @@ def test_refused(tmp_path, monkeypatch, capsys, case):
     status, said = run_script(monkeypatch, capsys, path, "--out", tmp_path / "new")
     assert status == 2 and said[-1].startswith("error: ") and len(said) <= 3, said
     assert re.search(message, said[-1]), said
+    assert said[-1].count(str(path)) == 1 and str(tmp_path / ".new") not in said[-1]
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_an_error_names_what_is_there(tmp_path, monkeypatch, capsys):
+    """Not a directory that is gone by then, in which it was to be made or the hub's files were."""
+    config = CONFIG | {"architectures": ["Other"]}
+    path = write_directory(tmp_path / "m", packed_tensors("awq")[0], AWQ, config)
+    for source in (f"{path}", f"{path}/"):
+        found = run_script(monkeypatch, capsys, source, "--out", tmp_path / "new")
+        assert found[0] == 2 and len(found[1]) == 1
+        assert found[1][0].startswith(f"error: {path}/config.json: architectures Other is not")
+
+    def fetch(name, work):
+        shutil.copytree(path, work, dirs_exist_ok=True)
+
+    monkeypatch.setattr(download, "fetch_from_hub", fetch)
+    with pytest.raises(Refusal, match="^org/name/config.json: architectures Other is not"):
+        download.fetch(tmp_path / "new", "org/name")
     assert os.listdir(tmp_path) == ["m"]
 
 
