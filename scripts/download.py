@@ -135,7 +135,8 @@ def fill(work: Path, source: str) -> None:
 
 def convert_published(source: Path, work: Path, name: str) -> None:
     """`name` is what an error calls the directories, of which some are gone when it is read."""
-    from scripts import published  # with PyTorch, which nothing else here needs
+    with interrupts.held():
+        from scripts import published  # with PyTorch, which nothing else here needs
 
     try:
         published.convert(source, work)

@@ -588,6 +588,29 @@ def test_a_killed_conversion_leaves_nothing(tmp_path, made):
     assert os.listdir(tmp_path) == ["new"]
 
 
+ENDED = """
+import os, sys, time
+from pathlib import Path
+from scripts import download, published
+def end(source, work):
+    os.kill(os.getpid(), int(sys.argv[3]))
+    time.sleep(9)
+published.copy_files = end
+download.fetch(Path(sys.argv[1]), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_conversion_that_is_asked_to_end_leaves_nothing(tmp_path, made, name):
+    """Not even the parent that was made for it. The control is the one killed above."""
+    number = getattr(signal, name)
+    argv = [sys.executable, "-c", ENDED, tmp_path / "a" / "new", made("awq")[0], str(number.value)]
+    ended = subprocess.run(argv, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.returncode == (-number if name == "SIGINT" else 128 + number), ended.stderr
+    assert name == "SIGINT" or len(ended.stderr.splitlines()) == 2
+    assert os.listdir(tmp_path) == []
+
+
 # ---- names of the hub
 
 
