@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -23,7 +24,7 @@ from test_tp import Ranks, lines
 
 import generate
 import quantize
-from scripts import cli, download, loading
+from scripts import cli, download, loading, published
 from scripts.checkpoint import Refusal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -439,6 +440,36 @@ def test_scales_of_activations_are_left_out(tmp_path):
     tensors["model.layers.0.self_attn.k_scale"] = torch.ones(1)
     found, _ = converted_of(tmp_path, tensors, FORMATS[name][2])
     assert not [name for name in found if name.endswith(("input_scale", "k_scale"))]
+
+
+@pytest.mark.parametrize("name", ["mlx", "mlx 8", "fp8"])
+def test_large_tensors_are_made_in_files(tmp_path, monkeypatch, made, name):
+    """What is in them is the same, and nothing is left of them."""
+    large = []
+    real = published.mmap.mmap
+    monkeypatch.setattr(published.mmap, "mmap", lambda *args: large.append(args[1]) or real(*args))
+    monkeypatch.setattr(published, "SHARD", 40_000)
+    path, converted, _ = made(name)
+    download.fetch(tmp_path / "new", str(path))
+    assert large and min(large) > 40_000
+    found, want = read_all(tmp_path / "new"), read_all(converted)
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], want[name]) for name in want)
+    assert len(list((tmp_path / "new").glob("*.safetensors"))) > 1
+    assert os.listdir(tmp_path) == ["new"]
+
+
+def test_a_large_tensor_for_which_there_is_no_room(tmp_path, monkeypatch, made):
+    monkeypatch.setattr(published, "SHARD", 40_000)
+    path = made("mlx")[0]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        with pytest.raises(Refusal, match="tensor .*temporary file of 98304 bytes .*too large"):
+            download.fetch(tmp_path / "new", str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == []
 
 
 # ---- what is refused
