@@ -53,11 +53,11 @@ def convert(source: Path, work: Path) -> None:
         model = new_model(target)
         shapes = {name: shape for layer in model.loaders for name, shape in layer.shapes.items()}
         slices = checkpoint.fitted(source, slices, shapes)
-    tell(model, slices, method)
     with torch.inference_mode():
         write_weights(model, source, slices, work)
     write_config(work, config, target)
     copy_files(source, work)
+    tell(model, slices, method)  # last, for what is refused is one line
 
 
 def open_slices(source: Path, config: dict, method: str) -> dict:
@@ -127,16 +127,16 @@ def whole(part) -> tuple:
 
 
 def tell(model: Transformer, slices: dict, method: str) -> None:
-    """Say what becomes of the weights."""
+    """Say what has become of the weights."""
     config = model.config
     kind = config.quantization or "bfloat16"
     group = f" in groups of {config.group_size}" if kind == "int4" else ""
-    checkpoint.say(f"converting weights from {method} to {kind}{group}")
+    checkpoint.say(f"converted weights from {method} to {kind}{group}")
     floats = [x for x in linear_weights(model, slices) if not isinstance(whole(x)[0], Weight)]
     if floats:
-        checkpoint.say(f"{len(floats)} linear layers that were floats become {kind} as well")
+        checkpoint.say(f"{len(floats)} linear layers that were floats became {kind} as well")
     if config.quantization:
-        checkpoint.say("the head becomes int8")
+        checkpoint.say("the head became int8")
 
 
 def write_weights(model: Transformer, source: Path, slices: dict, work: Path) -> None:

@@ -353,7 +353,7 @@ def test_a_linear_in_float_is_quantized_with_a_line(tmp_path, capsys):
     want = quantize.quantized("int4", weights[f"{PART}.weight"].bfloat16(), 64)
     for kind, tensor in want.items():
         assert torch.equal(found[f"{PART}.{kind}"], tensor)
-    assert "1 linear layers that were floats become int4 as well" in capsys.readouterr().err
+    assert "1 linear layers that were floats became int4 as well" in capsys.readouterr().err
 
 
 def test_a_tied_embedding_of_mlx(tmp_path, capsys):
@@ -541,9 +541,9 @@ def test_refused(tmp_path, monkeypatch, capsys, case):
     tensors = {name: x for name, x in tensors.items() if name not in [f"{PART}.{d}" for d in drop]}
     path = write_directory(tmp_path / "m", tensors, FORMATS[name][2] | settings)
     status, said = run_script(monkeypatch, capsys, path, "--out", tmp_path / "new")
-    assert status == 2 and said[-1].startswith("error: ") and len(said) <= 3, said
-    assert re.search(message, said[-1]), said
-    assert said[-1].count(str(path)) == 1 and str(tmp_path / ".new") not in said[-1]
+    assert (status, len(said)) == (2, 1) and said[0].startswith("error: "), said
+    assert re.search(message, said[0]), said
+    assert said[0].count(str(path)) == 1 and str(tmp_path / ".new") not in said[0]
     assert os.listdir(tmp_path) == ["m"]
 
 
@@ -638,7 +638,7 @@ def test_a_conversion_that_is_asked_to_end_leaves_nothing(tmp_path, made, name):
     argv = [sys.executable, "-c", ENDED, tmp_path / "a" / "new", made("awq")[0], str(number.value)]
     ended = subprocess.run(argv, cwd=ROOT, check=False, capture_output=True, text=True)
     assert ended.returncode == (-number if name == "SIGINT" else 128 + number), ended.stderr
-    assert name == "SIGINT" or len(ended.stderr.splitlines()) == 2
+    assert name == "SIGINT" or ended.stderr == ""
     assert os.listdir(tmp_path) == []
 
 
@@ -700,7 +700,7 @@ def test_a_name_is_fetched_once_and_converted(tmp_path, hub):
     assert status == 0 and [x[::2] for x in others] == [("", 0)] * 2, (err, others)
     target = tmp_path / "checkpoints" / "org" / "name"
     assert f"{target} is missing, fetching it" in err and f"wrote {target}" in err
-    assert "converting weights from awq to int4" in err
+    assert "converted weights from awq to int4" in err
     assert not [x[1] for x in others if "fetching" in x[1] or "wrote" in x[1]]
     assert {answers.asked.count(name) for name in answers.files} <= {1, 2}  # of HEAD and GET
     count = len(answers.asked)
