@@ -45,7 +45,8 @@ class Codes:
         if self.bias is not None:
             zero = -self.bias.float() / scale.float()
             zero = zero.masked_fill((self.bias == 0) & (scale == 0), 0)
-            if not (zero.abs() < torch.finfo(torch.float16).max).all():
+            too_large = zero.abs() >= torch.finfo(torch.float16).max
+            if (too_large & self.bias.isfinite()).any():
                 raise Refusal("a group has one value, or nearly, which has no zero and scale")
         if scale.dtype == torch.bfloat16 and not (zero == 8).all():
             scale = scale.float()  # else kernels round the value of code 8 as well, even in fp32
@@ -112,16 +113,18 @@ class Layer:
             raise Refusal(f"tensor {name} is missing")
         found = self.slices[name]
         shape, dtype = tuple(found.get_shape()), found.get_dtype()
-        if dtype not in dtypes or shapes and shape not in shapes or not shapes and len(shape) != 2:
+        fits = shape in shapes if shapes else len(shape) == 2 and 0 not in shape
+        if dtype not in dtypes or not fits:
             expected = " or ".join(str(list(shape)) for shape in shapes) or "a matrix"
             what = f"tensor {name} is {dtype} {list(shape)}"
             raise Refusal(f"{what}, expected {' or '.join(dtypes)} {expected}")
         self.taken.add(name)
         return found
 
-    def check_order(self, kind: str, size: int, group: int) -> None:
-        """Raise Refusal where inputs are in another order than their groups."""
-        if self.has(kind):
+    def check_order(self, kind: str, size: int, group: int, needed: bool) -> None:
+        """Raise Refusal where inputs are in another order than their groups, or where the tensor
+        that says so is needed and missing."""
+        if needed or self.has(kind):
             index = self.take(kind, ["I32", "I64"], (size,))[:]
             if not torch.equal(index.long(), torch.arange(size) // group):
                 what = f"tensor {self.stem}.{kind} orders inputs by activation (act-order)"

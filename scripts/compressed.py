@@ -54,6 +54,7 @@ def pack_quantized(config: dict) -> Callable[[Layer], Weight]:
     strategy = chosen(config, "strategy", ["group", "channel"])
     size = group_in(config) if strategy == "group" else None
     symmetric = chosen(config, "symmetric", [True, False], True)
+    is_ordered = config.get("actorder") in ("group", True)  # "weight" has groups of neighbours
 
     def weight(layer: Layer) -> Weight:
         packed = layer.take("weight_packed", ["I32"])
@@ -68,7 +69,7 @@ def pack_quantized(config: dict) -> Callable[[Layer], Weight]:
         if not symmetric:
             rows = -(-N * bits // 32)
             zeros = layer.take("weight_zero_point", ["I32"], (rows, -(-K // group)))
-        layer.check_order("weight_g_idx", K, group)
+        layer.check_order("weight_g_idx", K, group, is_ordered)
 
         def read() -> Codes:
             codes, grid = bytes_of(packed[:]), scale[:]

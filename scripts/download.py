@@ -122,21 +122,27 @@ def fill(work: Path, source: str) -> None:
     elif source.endswith(".gguf"):
         convert(source, work)
     elif is_directory(source):
-        convert_published(Path(source), work)
+        convert_published(Path(source), work, str(Path(source)))
     else:
         fetch_from_hub(source, work)
         if published_by(read_json(work / "config.json", {})):
             published = work.rename(tempfile.mkdtemp(dir=work.parent))
             work.mkdir()
-            convert_published(published, work)
+            convert_published(published, work, source)
     if not (any(work.glob("*.safetensors")) and (work / "config.json").is_file()):
         raise Refusal("found no model*.safetensors with a config.json")
 
 
-def convert_published(source: Path, work: Path) -> None:
-    from scripts import published  # with PyTorch, which nothing else here needs
+def convert_published(source: Path, work: Path, name: str) -> None:
+    """`name` is what an error calls the directories, of which some are gone when it is read."""
+    with interrupts.held():
+        from scripts import published  # with PyTorch, which nothing else here needs
 
-    published.convert(source, work)
+    try:
+        published.convert(source, work)
+    except Refusal as error:
+        message = str(error).replace(str(work), name).replace(str(source), name)
+        raise Refusal(message) from error
 
 
 def fetch_default_gguf(directory: Path) -> str:
@@ -256,7 +262,13 @@ def main() -> None:
     except KeyboardInterrupt:
         parser.error(f"{args.source}: interrupted")
     except Exception as error:  # gguf, tokenizers and the hub raise many
-        parser.error(f"{args.source or repr('')}: {str(error) or type(error).__name__}")
+        parser.error(named(args.source, str(error) or type(error).__name__))
+
+
+def named(source: str, message: str) -> str:
+    """What went wrong, after what it is about, unless it begins with that."""
+    has_name = source and message.startswith(source.rstrip("/") or "/")
+    return message if has_name else f"{source or repr('')}: {message}"
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def gptq(config: dict) -> Callable[[Layer], Weight]:
         groups = -(-K // group)
         qzeros = layer.take("qzeros", ["I32"], (groups, -(-N * bits // 32)))
         scales = layer.take("scales", FLOATS, (groups, N))
-        layer.check_order("g_idx", K, group)
+        layer.check_order("g_idx", K, group, bool(config.get("desc_act")))
 
         def read() -> Codes:
             zeros = qzeros[:] + (ONES[bits] if layout == "gptq" else 0)

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from scripts import interrupts
 from scripts.files import Refusal, cause, refusing
 
 WRITTEN = ("output", "profile")  # flags that name a file which is written
@@ -133,12 +134,13 @@ def folder_beside(target: Path) -> Iterator[Path]:
     """A folder in which to make a target, that is removed in the end. What killed runs have left of
     the same target is removed before. Raises OSError."""
     remove_leftovers(target)
-    folder, lock = new_folder(target)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+    with interrupts.orderly():
+        folder, lock = new_folder(target)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
 
 
 def new_folder(target: Path) -> tuple[Path, int]:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import mmap
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +41,11 @@ def convert(source: Path, work: Path) -> None:
     config = checkpoint.read_json(source / "config.json")
     method = settings.published_by(config)
     if method is None:
-        raise Refusal(f"{source} is not quantized, or in no way that can be converted")
+        name = settings.json_object(config, "quantization_config").get("quant_method")
+        valid = ", ".join(name for name in formats.METHODS if name != "mlx")
+        expected = f"expected a quant_method of {valid}, or what MLX writes"
+        found = f"quantized by {name!r}" if name else "not quantized"
+        raise Refusal(f"{source} is {found}, {expected}")
     with refusing(f"{source}: it is not what its config.json says", *WRONG):
         slices = open_slices(source, config, method)
         write_config(work, config)
@@ -46,11 +53,11 @@ def convert(source: Path, work: Path) -> None:
         model = new_model(target)
         shapes = {name: shape for layer in model.loaders for name, shape in layer.shapes.items()}
         slices = checkpoint.fitted(source, slices, shapes)
-    tell(model, slices, method)
     with torch.inference_mode():
         write_weights(model, source, slices, work)
     write_config(work, config, target)
     copy_files(source, work)
+    tell(model, slices, method)  # last, for what is refused is one line
 
 
 def open_slices(source: Path, config: dict, method: str) -> dict:
@@ -120,16 +127,16 @@ def whole(part) -> tuple:
 
 
 def tell(model: Transformer, slices: dict, method: str) -> None:
-    """Say what becomes of the weights."""
+    """Say what has become of the weights."""
     config = model.config
     kind = config.quantization or "bfloat16"
     group = f" in groups of {config.group_size}" if kind == "int4" else ""
-    checkpoint.say(f"converting weights from {method} to {kind}{group}")
+    checkpoint.say(f"converted weights from {method} to {kind}{group}")
     floats = [x for x in linear_weights(model, slices) if not isinstance(whole(x)[0], Weight)]
     if floats:
-        checkpoint.say(f"{len(floats)} linear layers that were floats become {kind} as well")
+        checkpoint.say(f"{len(floats)} linear layers that were floats became {kind} as well")
     if config.quantization:
-        checkpoint.say("the head becomes int8")
+        checkpoint.say("the head became int8")
 
 
 def write_weights(model: Transformer, source: Path, slices: dict, work: Path) -> None:
@@ -138,7 +145,7 @@ def write_weights(model: Transformer, source: Path, slices: dict, work: Path) ->
     for count, layer in enumerate(model.loaders, start=1):
         for name in layer.shapes.keys() - done:  # a tied head shares its tensor with the embedding
             with refusing(f"{source}: tensor {name}", Refusal):
-                stored = stored_tensors(layer, name, slices[name])
+                stored = stored_tensors(layer, name, slices[name], work.parent)
             check_finite(stored, f"{source}: tensor {name}")
             shard |= stored
             done.add(name)
@@ -158,7 +165,7 @@ def save(shard: dict[str, Tensor], path: Path) -> None:
     path.chmod(0o644)  # safetensors leaves it closed to other users
 
 
-def stored_tensors(layer: Layer, name: str, part) -> dict[str, Tensor]:
+def stored_tensors(layer: Layer, name: str, part, folder: Path) -> dict[str, Tensor]:
     """Those of a weight on disk, by name. Codes stay what they are where the mode has such."""
     weight, first = whole(part)
     N, *rest = part.get_shape()
@@ -166,12 +173,12 @@ def stored_tensors(layer: Layer, name: str, part) -> dict[str, Tensor]:
         return {name: part[:]}
     rows = slice(first, first + N)
     if not isinstance(weight, Weight):
-        kinds = in_blocks(layer, weight.__getitem__, rows, rest)
+        kinds = in_blocks(layer, weight.__getitem__, rows, rest, folder)
     else:
         codes = weight.read()
         kinds = exact_kinds(layer, weight, codes)
         if kinds is None:
-            kinds = in_blocks(layer, codes.floats, rows, rest)
+            kinds = in_blocks(layer, codes.floats, rows, rest, folder)
         else:
             kinds = {kind: tensor[rows] for kind, tensor in kinds.items()}
     return {name.removesuffix("weight") + kind: tensor for kind, tensor in kinds.items()}
@@ -185,7 +192,7 @@ def exact_kinds(layer: Layer, weight: Weight, codes: Codes) -> dict | None:
     return None
 
 
-def in_blocks(layer: Layer, floats: Callable, rows: slice, rest: list[int]) -> dict[str, Tensor]:
+def in_blocks(layer: Layer, floats: Callable, rows: slice, rest: list[int], folder: Path) -> dict:
     """Some rows of a weight as a layer has them, of which few are floats at a time."""
     found = {}
     step = max(1, BLOCK // math.prod(rest))
@@ -196,9 +203,22 @@ def in_blocks(layer: Layer, floats: Callable, rows: slice, rest: list[int]) -> d
             kinds = quantize.quantized(layer.mode, block, layer.group_size)
         for kind, part in kinds.items():
             if kind not in found:
-                found[kind] = part.new_empty(rows.stop - rows.start, *part.shape[1:])
+                shape = (rows.stop - rows.start, *part.shape[1:])
+                found[kind] = empty(shape, part.dtype, folder)
             found[kind][start - rows.start :][: len(part)] = part
     return found
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
+    """One to be filled. A large one, such as an embedding in floats, is in a file that has no name,
+    and no memory to itself. Raises Refusal where that cannot be made."""
+    size = math.prod(shape) * dtype.itemsize
+    if size <= SHARD:
+        return torch.empty(shape, dtype=dtype)
+    unable = refusing(f"a temporary file of {size} bytes cannot be written", OSError)
+    with unable, tempfile.TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)  # of a full disk one reads here, not by SIGBUS
+        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype).view(shape)
 
 
 def write_config(work: Path, config: dict, target: ModelConfig | None = None) -> None:

@@ -1,11 +1,14 @@
 """Files that are written, and the processes of torchrun: nothing of others is written over, nothing
 is lost, nothing waits without end."""
 
+import concurrent.futures
+import contextlib
 import gzip
 import json
 import math
 import os
 import resource
+import signal
 import socket
 import stat
 import subprocess
@@ -32,7 +35,7 @@ from test_cli import (  # noqa: F401
 )
 
 import generate
-from scripts import contract, outputs, ranks
+from scripts import contract, interrupts, outputs, ranks
 from scripts import eval as evaluation
 from scripts.checkpoint import Refusal, is_first_rank
 from scripts.outputs import Output
@@ -479,3 +482,39 @@ def test_a_flag_without_a_value(refuse, flag):  # noqa: F811
 @pytest.mark.parametrize("flag", ["--temperature", "--device", "--checkpoint_path", "--seed"])
 def test_errors_are_not_endless(refuse, flag):  # noqa: F811
     assert len(refuse(flag, "a" * 50000)) < 1200
+
+
+def test_what_asks_to_end_waits_for_imports():
+    """It is not lost, and comes after them; without the wait, the control, it comes at once."""
+    for hold, seen in ((interrupts.held, ["imported"]), (contextlib.nullcontext, [])):
+        found = []
+        with pytest.raises(KeyboardInterrupt), hold():
+            signal.raise_signal(signal.SIGINT)
+            found.append("imported")
+        assert found == seen
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@pytest.mark.parametrize("number", interrupts.ENDS)
+def test_a_folder_is_removed_when_a_job_is_stopped(tmp_path, number):
+    """As a shell has it, the status says by which signal; one that is ignored does nothing, and all
+    are handled as before in the end, or in another thread."""
+    with pytest.raises(SystemExit) as stop, outputs.new_directory(tmp_path / "out"):
+        assert len(os.listdir(tmp_path)) == 1
+        signal.raise_signal(number)
+    assert stop.value.code == 128 + number and os.listdir(tmp_path) == []
+    assert signal.getsignal(number) is signal.SIG_DFL
+    signal.signal(number, signal.SIG_IGN)
+    try:
+        with outputs.new_directory(tmp_path / "out"):
+            signal.raise_signal(number)
+    finally:
+        signal.signal(number, signal.SIG_DFL)
+    assert os.listdir(tmp_path) == ["out"]
+
+    def other():
+        with outputs.new_directory(tmp_path / "other"):
+            assert signal.getsignal(number) is signal.SIG_DFL
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        pool.submit(other).result()

@@ -5,6 +5,8 @@ import http.server
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +24,7 @@ from test_tp import Ranks, lines
 
 import generate
 import quantize
-from scripts import cli, download, loading
+from scripts import cli, download, loading, published
 from scripts.checkpoint import Refusal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -351,7 +353,7 @@ def test_a_linear_in_float_is_quantized_with_a_line(tmp_path, capsys):
     want = quantize.quantized("int4", weights[f"{PART}.weight"].bfloat16(), 64)
     for kind, tensor in want.items():
         assert torch.equal(found[f"{PART}.{kind}"], tensor)
-    assert "1 linear layers that were floats become int4 as well" in capsys.readouterr().err
+    assert "1 linear layers that were floats became int4 as well" in capsys.readouterr().err
 
 
 def test_a_tied_embedding_of_mlx(tmp_path, capsys):
@@ -440,6 +442,36 @@ def test_scales_of_activations_are_left_out(tmp_path):
     assert not [name for name in found if name.endswith(("input_scale", "k_scale"))]
 
 
+@pytest.mark.parametrize("name", ["mlx", "mlx 8", "fp8"])
+def test_large_tensors_are_made_in_files(tmp_path, monkeypatch, made, name):
+    """What is in them is the same, and nothing is left of them."""
+    large = []
+    real = published.mmap.mmap
+    monkeypatch.setattr(published.mmap, "mmap", lambda *args: large.append(args[1]) or real(*args))
+    monkeypatch.setattr(published, "SHARD", 40_000)
+    path, converted, _ = made(name)
+    download.fetch(tmp_path / "new", str(path))
+    assert large and min(large) > 40_000
+    found, want = read_all(tmp_path / "new"), read_all(converted)
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], want[name]) for name in want)
+    assert len(list((tmp_path / "new").glob("*.safetensors"))) > 1
+    assert os.listdir(tmp_path) == ["new"]
+
+
+def test_a_large_tensor_for_which_there_is_no_room(tmp_path, monkeypatch, made):
+    monkeypatch.setattr(published, "SHARD", 40_000)
+    path = made("mlx")[0]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        with pytest.raises(Refusal, match="tensor .*temporary file of 98304 bytes .*too large"):
+            download.fetch(tmp_path / "new", str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == []
+
+
 # ---- what is refused
 
 
@@ -464,10 +496,15 @@ REFUSED = {
     "gptq as 8": (changed("gptq", {"bits": 8}), "expected I32"),
     "gptq true bits": (changed("gptq", {"bits": 4.0}), "bits 4.0 .* 4, 8"),
     "gptq order": (changed("gptq", g_idx=NOT_PLAIN), "act-order"),
+    "gptq order missing": (changed("gptq", {"desc_act": True}, ["g_idx"]), "g_idx is missing"),
     "gptq zeros": (changed("gptq 8 of rows", qzeros=torch.zeros(1, 32).int()), "besides 128"),
     "packed format": (changed("packed", {"format": "pack-3"}), "format 'pack-3' .* pack-quantized"),
     "packed bits": (changed("packed", GROUPS), "num_bits 2"),
     "packed order": (changed("packed", weight_g_idx=NOT_PLAIN), "act-order"),
+    "packed order missing": (
+        changed("packed", of_int("group", group_size=64, actorder="group")),
+        "weight_g_idx is missing",
+    ),
     "packed shape": (changed("packed", weight_shape=torch.tensor([128, 100])), "weight_shape says"),
     "packed status": (changed("packed", {"quantization_status": "frozen"}), "'frozen'"),
     "packed rotated": (changed("packed", {"transform_config": {"a": {}}}), "transform_config"),
@@ -477,12 +514,19 @@ REFUSED = {
     "fp8 fmt": (changed("fp8", {"fmt": "e5m2"}), "fmt 'e5m2'"),
     "fp8 blocks": (changed("fp8", {"weight_block_size": [64, 64]}), "weight_scale_inv is"),
     "fp8 odd blocks": (changed("fp8", {"weight_block_size": [0, 64]}), "two integers"),
+    "fp8 empty": (changed("fp8", weight=torch.zeros(0, 192).to(torch.float8_e4m3fn)), "a matrix"),
     "fp8 dtype": (changed("fp8", weight=torch.zeros(128, 192)), "is F32 .* expected F8_E4M3"),
     "mlx mode": (changed("mlx", {"mode": "mxfp4"}), "mode 'mxfp4' .* affine"),
     "mlx bits": (changed("mlx", {"bits": 8}), "scales is BF16 .*, expected"),
     "mlx constant": (
         changed("mlx", scales=torch.full((128, 3), 1e-9).bfloat16()),
         "a group has one value",
+    ),
+    "mlx NaN": (changed("mlx", biases=torch.full((128, 3), torch.nan).bfloat16()), "has NaN"),
+    "mlx inf": (changed("mlx", biases=torch.full((128, 3), torch.inf).bfloat16()), "has NaN"),
+    "another method": (
+        changed("awq", {"quant_method": "quip"}),
+        "by 'quip', expected .* awq, gptq",
     ),
     "another shape": (changed("awq", drop=["qweight", "qzeros", "scales"]), "weight is missing"),
     "an extra tensor": (changed("awq", extra=torch.ones(1)), "extra is not expected"),
@@ -497,8 +541,27 @@ def test_refused(tmp_path, monkeypatch, capsys, case):
     tensors = {name: x for name, x in tensors.items() if name not in [f"{PART}.{d}" for d in drop]}
     path = write_directory(tmp_path / "m", tensors, FORMATS[name][2] | settings)
     status, said = run_script(monkeypatch, capsys, path, "--out", tmp_path / "new")
-    assert status == 2 and said[-1].startswith("error: ") and len(said) <= 3, said
-    assert re.search(message, said[-1]), said
+    assert (status, len(said)) == (2, 1) and said[0].startswith("error: "), said
+    assert re.search(message, said[0]), said
+    assert said[0].count(str(path)) == 1 and str(tmp_path / ".new") not in said[0]
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_an_error_names_what_is_there(tmp_path, monkeypatch, capsys):
+    """Not a directory that is gone by then, in which it was to be made or the hub's files were."""
+    config = CONFIG | {"architectures": ["Other"]}
+    path = write_directory(tmp_path / "m", packed_tensors("awq")[0], AWQ, config)
+    for source in (f"{path}", f"{path}/"):
+        found = run_script(monkeypatch, capsys, source, "--out", tmp_path / "new")
+        assert found[0] == 2 and len(found[1]) == 1
+        assert found[1][0].startswith(f"error: {path}/config.json: architectures Other is not")
+
+    def fetch(name, work):
+        shutil.copytree(path, work, dirs_exist_ok=True)
+
+    monkeypatch.setattr(download, "fetch_from_hub", fetch)
+    with pytest.raises(Refusal, match="^org/name/config.json: architectures Other is not"):
+        download.fetch(tmp_path / "new", "org/name")
     assert os.listdir(tmp_path) == ["m"]
 
 
@@ -554,6 +617,29 @@ def test_a_killed_conversion_leaves_nothing(tmp_path, made):
     assert left.startswith(".new.")
     download.fetch(tmp_path / "new", str(made("awq")[0]))
     assert os.listdir(tmp_path) == ["new"]
+
+
+ENDED = """
+import os, sys, time
+from pathlib import Path
+from scripts import download, published
+def end(source, work):
+    os.kill(os.getpid(), int(sys.argv[3]))
+    time.sleep(9)
+published.copy_files = end
+download.fetch(Path(sys.argv[1]), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_conversion_that_is_asked_to_end_leaves_nothing(tmp_path, made, name):
+    """Not even the parent that was made for it. The control is the one killed above."""
+    number = getattr(signal, name)
+    argv = [sys.executable, "-c", ENDED, tmp_path / "a" / "new", made("awq")[0], str(number.value)]
+    ended = subprocess.run(argv, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert ended.returncode == (-number if name == "SIGINT" else 128 + number), ended.stderr
+    assert name == "SIGINT" or ended.stderr == ""
+    assert os.listdir(tmp_path) == []
 
 
 # ---- names of the hub
@@ -614,7 +700,7 @@ def test_a_name_is_fetched_once_and_converted(tmp_path, hub):
     assert status == 0 and [x[::2] for x in others] == [("", 0)] * 2, (err, others)
     target = tmp_path / "checkpoints" / "org" / "name"
     assert f"{target} is missing, fetching it" in err and f"wrote {target}" in err
-    assert "converting weights from awq to int4" in err
+    assert "converted weights from awq to int4" in err
     assert not [x[1] for x in others if "fetching" in x[1] or "wrote" in x[1]]
     assert {answers.asked.count(name) for name in answers.files} <= {1, 2}  # of HEAD and GET
     count = len(answers.asked)
