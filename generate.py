@@ -97,8 +97,7 @@ class Engine:
 
     @torch.inference_mode()
     def generate(self, requests: list[Request]) -> Iterator[tuple[Completion, str]]:
-        """Yield (completion, new text) for each token as it is made; a finished slot takes the next
-        request at once."""
+        """Yield (completion, new text) for each token; a finished slot takes the next request."""
         waiting = deque(requests)
         self.slots = [None] * len(self.slots)
         began = time.perf_counter()

@@ -1,8 +1,7 @@
-"""The op tables, through which the reductions of a model go. `Fast` is what PyTorch does best.
-`BatchInvariant` overrides what has to be exact: with it, the logits of a token have the same bits
-whatever else is computed beside it. A fork writes a third class. Letters in names are dimensions: B
-rows of a batch, T new tokens, H query heads, G KV heads, R = H / G, D head_dim, L cached positions,
-N x K a weight, M rows of its input."""
+"""The op tables, through which the reductions of a model go: `Fast`, what PyTorch does best, and
+`BatchInvariant`, with which the logits of a token have the same bits whatever is computed beside
+it. A fork writes a third. Letters in names are dimensions: B rows of a batch, T new tokens, H query
+heads, G KV heads, R = H / G, D head_dim, L cached positions, N x K a weight, M rows it meets."""
 
 import contextlib
 import functools
@@ -40,12 +39,11 @@ library = torch.library.Library("gpt_exact", "DEF")
 
 def opaque(schema: str, fake: Callable) -> Callable:
     """Register a function as an op that torch.compile calls and never looks into. Eager code calls
-    the function itself. `fake` returns an empty tensor of the result's shape and dtype."""
+    it itself. `fake` returns an empty tensor of its shape and dtype, and contiguous as it is."""
 
     def register(function: Callable) -> Callable:
         name = schema.partition("(")[0]
         library.define(schema)
-        # Contiguous, as its fake is.
         library.impl(name, lambda *args: function(*args).contiguous(), "CompositeExplicitAutograd")
         torch.library.register_fake(f"gpt_exact::{name}", fake, lib=library)
         op = getattr(torch.ops.gpt_exact, name).default
@@ -74,8 +72,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def add_leaves(leaves: list[Tensor], bias: Tensor | None = None) -> Tensor:
-    """The sum in fp32 of leaves, each [..., N], and then of the bias: of an even number of leaves
-    as a tree, of others from left to right."""
+    """The fp32 sum of leaves [..., N], an even number as a tree, else in turn; then the bias."""
     while len(leaves) % 2 == 0:
         pairs = zip(leaves[::2], leaves[1::2], strict=True)
         leaves = [a.float() + b for a, b in pairs]
@@ -84,9 +81,8 @@ def add_leaves(leaves: list[Tensor], bias: Tensor | None = None) -> Tensor:
 
 
 def leaf_count(n_kv_heads: int, in_features: int, multiple: int = 32) -> int:
-    """Into how many leaves K is cut where tensor parallelism may cut it: the largest power of two
-    up to 8 that divides the KV heads, else their smallest odd prime factor up to 7; fewer where a
-    leaf would not be a whole multiple of `multiple`."""
+    """Into how many leaves K is cut where ranks may share it: the largest power of two up to 8 that
+    divides the KV heads, else their smallest odd prime up to 7; each a multiple of `multiple`."""
     candidates = (math.gcd(n_kv_heads, 8), 3, 5, 7)
     count = next((n for n in candidates if n > 1 and n_kv_heads % n == 0), 1)
     while count > 1 and in_features % (count * multiple):
@@ -220,8 +216,7 @@ def one_thread():
 
 
 def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Random [*a_shape, K] and [*b_shape, K] whose products add up to 0 but for rounding, so that
-    their bits show the order of the additions."""
+    """Random [*a_shape, K] and [*b_shape, K]: bits of their sums, about 0, show their order."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(*a_shape, K // 2, generator=generator)
     b = torch.randn(*b_shape, K // 2, generator=generator)
@@ -247,8 +242,7 @@ def exact_tiles(N: int, K: int, dtype: torch.dtype, threads: int, leaves=1) -> l
 
 
 def write_cache(k_BTGD, v_BTGD, k_cache, v_cache, pos_BT: Tensor) -> None:
-    """Put new keys and values into [B, G, L, D] at their positions, before anyone attends to
-    them."""
+    """Put new keys and values into [B, G, L, D] at their positions, before anyone attends."""
     for new, cache in ((k_BTGD, k_cache), (v_BTGD, v_cache)):
         if len(pos_BT) == 1:
             cache.index_copy_(2, pos_BT[0], new.transpose(1, 2))
@@ -287,8 +281,7 @@ def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, spans, scale, rows=1):
 
 
 def attend_block(q_BGTRD, k_BGLD, v_BGLD, bias, span: int, scale: float, rows: int) -> Tensor:
-    """The R queries of a KV head and a token become rows, so that no key is copied: on a CPU five
-    times as fast as enable_gqa."""
+    """The R queries of a KV head and a token become rows: five times as fast as enable_gqa."""
     B, _, T, R, _ = q_BGTRD.shape
     more = -T * R % rows
     q = fill_up(q_BGTRD.flatten(2, 3), 0, 0, 0, more)
@@ -309,8 +302,7 @@ def filled(keys: int, spans) -> int:
 @functools.cache
 def exact_spans(B: int, G: int, D: int, R: int, dtype, threads: int) -> list[int]:
     """The spans with which 16 rows at a time are seen to have the bits of the reference, one thread
-    and a row of the batch alone with spans of 512, in texts of all lengths and with few and many
-    new tokens; no span where even 512 has other bits."""
+    and a row alone with spans of 512, at all lengths, of few and many new tokens; or no span."""
     T, L = 128, 1024
     q, k = cancelling((1, T, G * R), (1, G, L), D, dtype)
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -341,8 +333,7 @@ def exact_spans(B: int, G: int, D: int, R: int, dtype, threads: int) -> list[int
 
 
 def attend_in_loops(q_BTHD, k_BGLD, v_BGLD, bias, scale: float) -> Tensor:
-    """Attention of one token a row, for a compiler: it makes a few loops of that, which take half
-    the time that calling an op does."""
+    """Of one token a row: a compiler makes loops of it, in half the time of a call of an op."""
     keys, values = (x[:, :, None, : bias.shape[-1]].float() for x in (k_BGLD, v_BGLD))
     q_BGRD = q_BTHD[:, 0].unflatten(1, (k_BGLD.shape[1], -1)).float()
     scores = (q_BGRD.unsqueeze(3) * keys).sum(-1) * scale
@@ -395,54 +386,71 @@ SPLIT = 512  # keys that one program attends to before their sum joins that of o
 
 @functools.cache
 def triton_kernels() -> SimpleNamespace:
-    """Triton, imported when a GPU asks. `tl` is global, where the interpreter finds it."""
-    global tl
+    """Triton, imported when a GPU asks. What a kernel calls is global, for its interpreter."""
+    global tl, floats
     import triton
     import triton.language as tl
 
-    # A dot adds to one fp32 accumulator in one order of k at every M, so bits depend on neither the
-    # shape of a tile nor its warps. (k ascends; before Hopper it is permuted within 32 for
-    # quantized weights, of which a thread reads four neighbours at once.) FMA contraction is off,
-    # as it may differ between kernels. What varies from call to call is not specialized, for the
-    # same reason.
+    @triton.jit
+    def floats(words, dtype: tl.constexpr):
+        """The two 16-bit floats in each of 32-bit words, the low one first."""
+        low = words.to(tl.int16).to(dtype, bitcast=True)
+        high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
+        return tl.interleave(low, high)
+
+    # A dot adds to one fp32 accumulator in ascending k at every M, so bits depend on neither the
+    # shape of a tile nor its warps. FMA contraction is off, as it may differ between kernels. What
+    # varies from call to call is not specialized, for the same reason.
     @triton.jit(do_not_specialize=["M"])
     def linear(
         x, w, scale, grid, bias, y, M, N, K, leaf,
         GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
-        """One leaf of one tile of y [M, leaves, N]. The weight is the left operand, where wgmma
-        wants 64 rows: it serves every M."""
+        """One leaf of a tile of y [M, leaves, N]. On the left wgmma wants 64 rows: the weight's."""
         n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        m = m.to(tl.int64)
         n = n.to(tl.int64)[:, None]
-        m = m.to(tl.int64)[None, :]
+        there = (m < M) & (n < N)
+        y += (m * tl.num_programs(2) + tl.program_id(2)) * N + n
+        n = tl.minimum(n, N - 1)
         begin = tl.program_id(2) * leaf
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for k in range(begin, begin + leaf, BLOCK_K):
             here = k + tl.arange(0, BLOCK_K)
             a = tl.load(x + m * K + here[:, None], mask=m < M, other=0)
-            if grid is None:
-                b = tl.load(w + n * K + here[None, :], mask=n < N, other=0)
-            else:  # 4 bits, of one group or several
-                GROUPS: tl.constexpr = (BLOCK_K + GROUP - 1) // GROUP
-                bytes_at = (n * K + k) // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-                codes = tl.load(w + bytes_at, mask=n < N, other=0)
-                codes = tl.interleave(codes & 15, codes >> 4).to(tl.float32)
-                codes = codes.reshape(BLOCK_N, GROUPS, BLOCK_K // GROUPS)
-                pair_at = n * (K // GROUP) + k // GROUP + tl.arange(0, GROUPS)[None, :]
-                pair = tl.load(grid + pair_at, mask=n < N, other=0)[:, :, None]
-                zeros = (pair >> 16).to(tl.int16)
-                zeros = zeros.to(tl.float16, bitcast=True).to(tl.float32)
-                scales = (pair << 16).to(tl.float32, bitcast=True)
-                b = ((codes - zeros) * scales).reshape(BLOCK_N, BLOCK_K)
+            if w.dtype.element_ty != tl.int32:
+                b = tl.load(w + n * K + here)
+            else:
+                # A code in the last bits of 128 in bfloat16 or 1024 in float16 adds itself to it.
+                HALF: tl.constexpr = tl.float16 if a.dtype == tl.float32 else a.dtype
+                BASE: tl.constexpr = 0x43004300 if HALF == tl.bfloat16 else 0x64006400
+                BITS: tl.constexpr = 8 if grid is None else 4
+                FOUR: tl.constexpr = 128 // BITS  # codes of as many words
+                here = k // FOUR * 4 + tl.arange(0, BLOCK_K // FOUR * 4)
+                words = tl.load(w + n * (K // FOUR * 4) + here)[:, :, None]
+                pairs = words >> tl.arange(0, 16 // BITS) * BITS
+                pairs = pairs.reshape(BLOCK_N, BLOCK_K // FOUR, 4, 2, 8 // BITS)
+                pairs = pairs.permute(0, 1, 4, 3, 2).reshape(BLOCK_N, BLOCK_K // 2)
+                if grid is None:  # a sign bit is -128
+                    signs = floats(pairs & 0x00800080 | BASE, HALF)
+                    b = floats(pairs & 0x007F007F | BASE, HALF) - signs
+                else:  # of one group or several
+                    GROUPS: tl.constexpr = (BLOCK_K + GROUP - 1) // GROUP
+                    b = floats(pairs & 0x000F000F | BASE, HALF)
+                    b -= floats(pairs & 0 | BASE | 0x00080008, HALF)
+                    pair = k // GROUP + tl.arange(0, GROUPS)
+                    pair = tl.load(grid + n * (K // GROUP) + pair)[:, :, None]
+                    scale_k, middle_k = tl.split(floats(pair, tl.bfloat16).to(a.dtype))
+                    b = b.to(a.dtype).reshape(BLOCK_N, GROUPS, BLOCK_K // GROUPS)
+                    b = tl.fma(b, scale_k[:, :, None], middle_k[:, :, None])
+                    b = b.reshape(BLOCK_N, BLOCK_K)
             acc = tl.dot(b.to(a.dtype), a, acc, input_precision="ieee")
         if scale is not None:
-            acc *= tl.load(scale + n, mask=n < N, other=0).to(tl.float32)
+            acc *= tl.load(scale + n)
         if bias is not None:
-            acc += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
-        y += (m * tl.num_programs(2) + tl.program_id(2)) * N + n
-        there = (m < M) & (n < N)
-        tl.store(y, acc.to(y.dtype.element_ty), mask=there)
+            acc += tl.load(bias + n)
+        tl.store(y, acc, mask=there)
 
     @triton.jit(do_not_specialize=["T", "L", "window"])
     def attention(
@@ -455,7 +463,7 @@ def triton_kernels() -> SimpleNamespace:
         b = (tl.program_id(1) // G).to(tl.int64)
         g = tl.program_id(1) % G
         r = tl.program_id(0) * TILE + tl.arange(0, TILE)
-        d = tl.arange(0, D_PAD)[None, :]
+        d = tl.arange(0, D_PAD)
         t = r // R
         row = (b * T + t) * (G * R) + g * R + r % R
         p = tl.load(pos + b * T + tl.minimum(t, T - 1)).to(tl.int32)
@@ -484,7 +492,7 @@ def triton_kernels() -> SimpleNamespace:
                     keys = tl.load(k_cache + at, mask=there, other=0)
                     values = tl.load(v_cache + at, mask=there, other=0)
                     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-                    back = p[:, None] - j[None, :]
+                    back = p[:, None] - j
                     scores = tl.where((back >= 0) & (back < window), scores, float("-inf"))
                     both = tl.maximum(top_s, tl.max(scores, 1))
                     weights = tl.exp2(scores - both[:, None])
@@ -508,7 +516,7 @@ def triton_kernels() -> SimpleNamespace:
         else:
             y += row[:, None] * D + d
             acc /= total[:, None]
-            tl.store(y, acc.to(y.dtype.element_ty), mask=real)
+            tl.store(y, acc, mask=real)
 
     return SimpleNamespace(linear=linear, attention=attention)
 
@@ -526,13 +534,17 @@ class TritonPacked(Packed):
     def pack(self, weight: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> None:
         if self.leaves > 1 or self.partial:
             self.sum_dtype = torch.float32
-        grid = None
-        if zero is not None:  # as one number with the scale: a kernel loads no smaller ones ahead
-            scale_bits = scale.bfloat16().view(torch.int16)
-            zero_bits = zero.half().view(torch.int16)
-            pairs = torch.stack((scale_bits, zero_bits), dim=-1)
-            grid = pairs.view(torch.int32).squeeze(-1)
-            scale = None
+        self.bits, grid = 8 * weight.itemsize, None
+        if zero is not None:  # the value of code 8, as one number with the scale
+            self.bits, middle = 4, scale.float() * (8 - zero.float())
+            pairs = torch.stack((scale.float(), middle), dim=-1).bfloat16()
+            grid, scale = pairs.view(torch.int32).squeeze(-1), None
+            codes = torch.stack((weight & 15, weight >> 4), dim=-1)
+            low, high = codes.view(len(weight), -1, 2, 16).unbind(2)
+            weight = low | high << 4
+        if self.bits < 16:  # k and k + 1 stand 16 bits apart, where shifts make two floats of them
+            weight = weight.view(len(weight), -1, 2, 4, 2).permute(0, 1, 3, 4, 2)
+            weight = weight.flatten(1).view(torch.int32)
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("scale", scale)
         self.register_buffer("grid", grid)
@@ -541,7 +553,7 @@ class TritonPacked(Packed):
         N, leaves = self.shape[-1], self.leaves
         M, K = x.shape[:-1].numel(), x.shape[-1]
         launch = next(launch for most, launch in self.LAUNCHES.items() if M <= most)
-        most_k = min(128 // self.weight.itemsize, launch["BLOCK_K"] * 2 // x.itemsize)
+        most_k = min(1024 // self.bits, launch["BLOCK_K"] * 2 // x.itemsize)
         block_k = math.gcd(most_k, K // leaves)  # no block straddles a leaf
         blocks = -(-N // launch["BLOCK_N"])
         programs = (blocks, -(-M // launch["BLOCK_M"]), leaves)

@@ -1,6 +1,5 @@
-"""A decoder of the Llama family: its configuration, layers and KV cache.
-Letters in names are dimensions: B rows of a batch, T new tokens, D head_dim, H query heads, G KV
-heads, V vocabulary, N x K a weight."""
+"""A decoder of the Llama family: its configuration, layers and KV cache. Letters are dimensions: B
+rows, T new tokens, D head_dim, H query heads, G KV heads, V vocabulary, N x K a weight."""
 
 from dataclasses import dataclass, field, replace
 
@@ -42,8 +41,7 @@ class ModelConfig:
 
 
 def frequencies(config: ModelConfig, rope: dict) -> tuple[Tensor, float]:
-    """By how much the pairs of a head turn at each position, fp32 (RoFormer, eq. 15), and what cos
-    and sin are multiplied by."""
+    """How far pairs turn at each position, fp32 (RoFormer, eq. 15), and a factor of cos and sin."""
     size = int(config.head_dim * rope.get("partial_rotary_factor", 1))
     return 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2) / size), 1.0
 
@@ -180,8 +178,7 @@ class FeedForward(Layer):
 
 
 class Block(Layer):
-    """One layer: grouped-query attention with rotary positions over a KV cache, and a feed-forward
-    network, each of a norm of x, and added to x."""
+    """A layer: grouped-query attention over a KV cache and a feed-forward network, added to x."""
 
     capturable = True  # whether a CUDA graph can hold it: nothing in it waits for the device
     rotary = True  # whether its queries and keys know of positions

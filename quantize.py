@@ -3,8 +3,7 @@
 python quantize.py --mode int4 --group_size 64 --checkpoint_path DIR --out NEW
 
 On disk a weight [N, K] is (code - zero) * scale: int8 [N, K] with a scale a row [N, 1] and no zero,
-or uint8 [N, K / 2], the low nibble at even k, with scale and zero [N, K / group]. The head is int8
-either way, or on disk a tied embedding."""
+or uint8 [N, K / 2], low nibbles at even k, with both [N, K / group]. The head is int8, or tied."""
 
 import itertools
 import math
@@ -86,15 +85,13 @@ class Int8Linear(Packed):
 
 
 class Int4Linear(Packed):
-    """4-bit weights with a scale and a zero for each group along K. On a CPU, PyTorch's kernel adds
-    up in one order at every number of rows, but slowly for many: there, where bits may differ, the
-    weight is expanded."""
+    """4-bit weights with a scale and a zero for each group along K. PyTorch's kernel adds up in one
+    order at every number of rows; where bits may differ, many take the weight expanded, quicker."""
 
     @staticmethod
     def from_float(weight: Tensor, group_size: int) -> dict[str, Tensor]:
-        """Rounded to nearest between two limits, 0 among them: of the least and the largest of a
-        group, and of some narrower pairs, each group has those that change it least (the clipping
-        of AWQ, Lin et al. 2023, without data)."""
+        """Rounded to nearest between limits, 0 among them: of the least and the largest of a group,
+        or narrower ones that change it less (the clipping of AWQ, Lin et al. 2023, but no data)."""
         w = weight.float().unflatten(1, (-1, group_size))
         least = w.amin(-1, keepdim=True).clamp(max=0)
         most = w.amax(-1, keepdim=True).clamp(min=0)
@@ -153,8 +150,7 @@ class Int4Linear(Packed):
         return op(x_MK.contiguous(), codes, self.group, grid.to(x_MK.dtype))
 
     def expanded(self, dtype: torch.dtype) -> Tensor:
-        """The weight [K, N] out of the kernel's layout with AVX-512, in which a byte holds the rows
-        i and i + 32 of 64."""
+        """The weight [K, N], of whose rows a byte of AVX-512's layout holds i and i + 32 of 64."""
         grid = self.grid_0.to(dtype)
         bytes_KN = self.codes_0.view(-1, len(grid) * self.group, 32).transpose(0, 1)
         codes = torch.cat((bytes_KN & 15, bytes_KN >> 4), dim=-1)

@@ -14,12 +14,8 @@ from kernels import BATCH_INVARIANT, FAST, TritonPacked, add_leaves, causal, sli
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Of the largest output. The interpreter rounds to bfloat16 by truncation: where that would count,
-# half precision stands for it.
+# Of the largest output. The interpreter rounds to bfloat16 by truncation.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 1.5e-2}
-HALVES = (torch.float32, torch.float16)
-# Before Hopper, k of quantized weights is permuted, at every M alike, as test_codegen.py sees.
-ASCENDING = DEVICE == "cpu" or torch.cuda.get_device_capability() == (9, 0)
 BIG, TINY = 1024.0, 2.0**-15  # in fp32, BIG + TINY is BIG
 
 
@@ -93,46 +89,57 @@ def test_linear_against_fp64(M, N, K, leaves, bias, dtype):
     assert_close(packed(x.view(M, 1, 1, K)).view(M, N), want)
 
 
-def quantized(N, K, bits, group, with_zero):
-    """A random weight of TritonPacked's layout, what comes with it, and the fp32 weight that both
-    stand for."""
+def quantized(N, K, bits, group):
+    """A random weight of TritonPacked's layout, what comes with it, and the weight that both stand
+    for: a code of 4 bits is as many steps from the value of code 8, which is kept in bfloat16."""
     low, high = (0, 16) if bits == 4 else (-128, 128)
     codes = torch.randint(low, high, (N, K)).to(DEVICE)
-    scale = ((torch.rand(N, K // group) + 0.5).to(DEVICE) / high).bfloat16().float()
-    grid = {"scale": scale}
-    weight = codes.float()
-    if with_zero:
-        grid["zero"] = torch.randint(low, high, (N, K // group)).float().to(DEVICE)
-        weight = weight - grid["zero"].repeat_interleave(group, dim=1)
-    weight = weight * scale.repeat_interleave(group, dim=1)
+    scale = ((torch.rand(N, K // group) + 0.5).to(DEVICE) / high).bfloat16().double()
+    steps = scale.repeat_interleave(group, dim=1)
     if bits == 8:
-        return codes.to(torch.int8), grid, weight
-    return (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8), grid, weight
+        return codes.to(torch.int8), {"scale": scale.float()}, codes * steps
+    zero = (torch.rand(N, K // group) * 15).half().double().to(DEVICE)
+    middle = (scale * (8 - zero)).float().bfloat16().double()
+    weight = (codes - 8) * steps + middle.repeat_interleave(group, dim=1)
+    pairs = (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
+    return pairs, {"scale": scale.float(), "zero": zero.float()}, weight
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    ("bits", "group", "leaves", "with_zero"),
-    [
-        (8, 256, 1, False),
-        (8, 256, 2, False),
-        (8, 256, 8, False),
-        (4, 32, 2, True),
-        (4, 64, 1, True),
-        (4, 128, 2, True),
-    ],
+    ("bits", "group", "leaves"),
+    [(8, 256, 1), (8, 256, 2), (8, 256, 8), (4, 32, 2), (4, 64, 1), (4, 128, 2)],
 )
-def test_quantized_linear_is_the_linear_of_its_weight(bits, group, leaves, with_zero, dtype):
-    codes, grid, weight = quantized(70, 256, bits, group, with_zero)
+def test_quantized_linear_is_the_linear_of_its_weight(bits, group, leaves, dtype):
+    codes, grid, weight = quantized(70, 256, bits, group)
     for M in (1, 18, 70):
         x, bias = randn(M, 256, dtype=dtype), randn(70, dtype=dtype)
         y = TritonPacked(codes, bias, leaves, **grid)(x)
-        rounded = (
-            weight.to(dtype) if bits == 4 else weight
-        )  # 8 bits are scaled after their sum, in fp32
+        # 8 bits are scaled after their sum, in fp32; 4 bits are rounded once, to the dtype of x.
+        rounded = weight.to(dtype) if bits == 4 else weight
         assert_close(y, x.double() @ rounded.double().T + bias.double())
-        if bits == 4 and (ASCENDING or dtype == torch.float32):
+        if bits == 4:
             assert same(y, TritonPacked(weight.to(dtype), bias, leaves)(x))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_codes_of_8_bits_are_exact(dtype):
+    """Each that there is, in each place of a word."""
+    codes = torch.arange(-128, 128, device=DEVICE).repeat(8, 1)
+    codes = torch.stack([row.roll(i) for i, row in enumerate(codes)]).to(torch.int8)
+    ones = torch.ones(8, 1, device=DEVICE)
+    x = torch.eye(256, device=DEVICE, dtype=dtype)
+    assert same(TritonPacked(codes, scale=ones)(x), codes.T.to(dtype))
+
+
+def test_4_bits_are_a_thirtieth_of_a_step_from_what_they_stand_for_at_most():
+    """In fp32, which shows the rounding of what comes with them alone."""
+    codes, grid, _ = quantized(32, 256, 4, 32)
+    scale, zero = (x.double().repeat_interleave(32, dim=1) for x in grid.values())
+    exact = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+    x = torch.eye(256, device=DEVICE)
+    error = (TritonPacked(codes, **grid)(x).T - (exact - zero) * scale).abs() / scale
+    assert 0 < error.max() < 0.03
 
 
 def sums_of_leaves(values):
