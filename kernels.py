@@ -10,6 +10,7 @@ import math
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +23,23 @@ class InputError(ValueError):
     """The user gave something that cannot work; the message is the line that they read."""
 
 
-def sliding_window(window: int) -> Callable:
-    """A mask_mod, as FlexAttention has it, (b, h, q_idx, kv_idx) -> bool tensor over absolute
-    positions: causal, and only the last `window` keys, the query's own among them."""
+class SlidingWindow(NamedTuple):
+    """A mask_mod, as FlexAttention has it: causal, and only the last `window` keys, the query's own
+    among them. A GPU's kernel compiles this source: a mask is a function of absolute positions, or
+    a NamedTuple of its numbers with such a call. `first` says which keys it never looks behind."""
 
-    def mask_mod(b, h, q_idx, kv_idx):
-        return (q_idx >= kv_idx) & (q_idx < kv_idx + window)
+    window: int
 
-    mask_mod.window = window
-    return mask_mod
+    def __call__(self, b, h, q_idx, kv_idx):
+        back = q_idx - kv_idx
+        return (back >= 0) & (back < self.window)
+
+    def first(self, q_idx):
+        return q_idx - self.window + 1
 
 
-causal = sliding_window(1 << 30)
+causal = SlidingWindow(1 << 30)
+masks = {}  # those that a GPU has met, each with its type, and their numbers
 library = torch.library.Library("gpt_exact", "DEF")
 
 
@@ -268,7 +274,7 @@ def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, spans, scale, rows=1):
     see. Keys are filled up, by others of the cache, to one of `spans` beyond whole blocks of 512,
     as those of the mask are, and the rows of a block to a multiple of `rows`."""
     q_BGTRD = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2)
-    if q_BTHD.shape[1] == 1 or q_BTHD.is_cuda:  # on a GPU, nobody may wait for a limit
+    if q_BTHD.shape[1] == 1:
         y_BGTRD = attend_block(q_BGTRD, k_BGLD, v_BGLD, bias, bias.shape[-1], scale, rows)
     else:
         blocks = []
@@ -372,13 +378,10 @@ def vector_norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
-@opaque(
-    "gpu_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, *_: x.new_empty(x.shape)
-)
+@opaque("norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, *_: x.new_empty(x.shape))
 def gpu_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """In fp32, where PyTorch's own kernel gives each row a block of threads to itself."""
-    rows = x.float().contiguous()
-    return F.rms_norm(rows, weight.shape, weight.float(), eps).to(x.dtype)
+    """PyTorch's own kernel for fp32, which gives each row a block of threads to itself."""
+    return F.rms_norm(x.contiguous(), weight.shape, weight, eps)
 
 
 SPLIT = 512  # keys that one program attends to before their sum joins that of others
@@ -398,9 +401,8 @@ def triton_kernels() -> SimpleNamespace:
         high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
         return tl.interleave(low, high)
 
-    # A dot adds to one fp32 accumulator in ascending k at every M, so bits depend on neither the
-    # shape of a tile nor its warps. FMA contraction is off, as it may differ between kernels. What
-    # varies from call to call is not specialized, for the same reason.
+    # A dot adds to one fp32 accumulator in ascending k, whatever the shape of a tile and its warps.
+    # As kernels may differ, none fuses products with sums or is of a number that calls vary.
     @triton.jit(do_not_specialize=["M"])
     def linear(
         x, w, scale, grid, bias, y, M, N, K, leaf,
@@ -452,10 +454,11 @@ def triton_kernels() -> SimpleNamespace:
             acc += tl.load(bias + n)
         tl.store(y, acc, mask=there)
 
-    @triton.jit(do_not_specialize=["T", "L", "window"])
+    @triton.jit(do_not_specialize=["T", "L"])
     def attention(
-        q, k_cache, v_cache, pos, parts, y, T, L, window, scale, G: tl.constexpr, R: tl.constexpr,
-        D: tl.constexpr, SPLIT: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
+        q, k_cache, v_cache, pos, heads, parts, y, mask, T, L, scale, SEES: tl.constexpr,
+        FIRST: tl.constexpr, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+        SPLIT: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
         """A block of rows, the queries of one KV head, over splits in ascending order. Of a split,
         and of all until now, it has the highest score, the sum of the weights relative to that, and
@@ -464,22 +467,23 @@ def triton_kernels() -> SimpleNamespace:
         g = tl.program_id(1) % G
         r = tl.program_id(0) * TILE + tl.arange(0, TILE)
         d = tl.arange(0, D_PAD)
-        t = r // R
+        t = tl.minimum(r // R, T - 1)
         row = (b * T + t) * (G * R) + g * R + r % R
-        p = tl.load(pos + b * T + tl.minimum(t, T - 1)).to(tl.int32)
-        first = tl.maximum(tl.min(p, 0) - window + 1, 0)  # the keys that a row of the block may see
-        last = tl.max(p, 0)
-        real = (t < T)[:, None] & (d < D)
-        queries = tl.load(q + row[:, None] * D + d, mask=real, other=0)
+        before = row * tl.cdiv(L, SPLIT)
+        p = tl.load(pos + b * T + t).to(tl.int32)
+        h = tl.load(heads + g * R + r % R)[:, None]
+        first = 0 if FIRST is None else tl.maximum(FIRST(*mask, tl.min(p)), 0)
+        last = tl.max(p)
+        queries = tl.load(q + row[:, None] * D + d, mask=d < D, other=0)
         total = tl.zeros((TILE,), tl.float32)
         acc = tl.zeros((TILE, D_PAD), tl.float32)
         top = total - 3e38
         for split in range(tl.program_id(2), last // SPLIT + 1, tl.num_programs(2)):
             if k_cache is None:
-                part = parts + (row * tl.cdiv(L, SPLIT) + split) * (D + 2)
-                top_s = tl.load(part, mask=t < T, other=0)
-                total_s = tl.load(part + 1, mask=t < T, other=1)
-                acc_s = tl.load(part[:, None] + 2 + d, mask=real, other=0)
+                part = parts + (before + split) * (D + 2)
+                top_s = tl.load(part)
+                total_s = tl.load(part + 1)
+                acc_s = tl.load(part[:, None] + 2 + d, mask=d < D, other=0)
             else:
                 total_s = tl.zeros((TILE,), tl.float32)
                 acc_s = tl.zeros((TILE, D_PAD), tl.float32)
@@ -487,13 +491,12 @@ def triton_kernels() -> SimpleNamespace:
                 start = tl.maximum(split * SPLIT, first // TILE * TILE)
                 for key in range(start, tl.minimum(split * SPLIT + SPLIT, last + 1), TILE):
                     j = key + tl.arange(0, TILE)
-                    at = ((b * G + g) * L + j[:, None]) * D + d
-                    there = (j <= last)[:, None] & (d < D)
-                    keys = tl.load(k_cache + at, mask=there, other=0)
-                    values = tl.load(v_cache + at, mask=there, other=0)
+                    at = ((b * G + g) * L + tl.minimum(j, last)[:, None]) * D + d
+                    keys = tl.load(k_cache + at, mask=d < D, other=0)
+                    values = tl.load(v_cache + at, mask=d < D, other=0)
                     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-                    back = p[:, None] - j
-                    scores = tl.where((back >= 0) & (back < window), scores, float("-inf"))
+                    seen = SEES(*mask, b, h, p[:, None], j)
+                    scores = tl.where(seen, scores, float("-inf"))
                     both = tl.maximum(top_s, tl.max(scores, 1))
                     weights = tl.exp2(scores - both[:, None])
                     old = tl.exp2(top_s - both)
@@ -501,24 +504,24 @@ def triton_kernels() -> SimpleNamespace:
                     total_s = total_s * old + tl.sum(weights, 1)
                     acc_s *= old[:, None]
                     acc_s = tl.dot(weights.to(values.dtype), values, acc_s, input_precision="ieee")
-            # A split that a row sees nothing of changes none of its bits.
-            both = tl.maximum(top, top_s)
+            both = tl.maximum(top, top_s)  # a split that a row sees nothing of changes no bits
             old = tl.exp2(top - both)
             new = tl.exp2(top_s - both)
             top = both
             total = total * old + total_s * new
-            acc = acc * old[:, None] + acc_s * new[:, None]
+            acc *= old[:, None]
+            acc += acc_s * new[:, None]
+        real = r < T * R
         if y is None:
-            part = parts + (row * tl.cdiv(L, SPLIT) + tl.program_id(2)) * (D + 2)
-            tl.store(part, top, mask=t < T)
-            tl.store(part + 1, total, mask=t < T)
-            tl.store(part[:, None] + 2 + d, acc, mask=real)
+            part = parts + (before + tl.program_id(2)) * (D + 2)
+            tl.store(part, top, mask=real)
+            tl.store(part + 1, total, mask=real)
+            tl.store(part[:, None] + 2 + d, acc, mask=real[:, None] & (d < D))
         else:
             y += row[:, None] * D + d
-            acc /= total[:, None]
-            tl.store(y, acc, mask=real)
+            tl.store(y, acc / total[:, None], mask=real[:, None] & (d < D))
 
-    return SimpleNamespace(linear=linear, attention=attention)
+    return SimpleNamespace(linear=linear, attention=attention, jit=functools.cache(triton.jit))
 
 
 class TritonPacked(Packed):
@@ -532,12 +535,11 @@ class TritonPacked(Packed):
     }
 
     def pack(self, weight: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> None:
-        if self.leaves > 1 or self.partial:
-            self.sum_dtype = torch.float32
+        self.sum_dtype = torch.float32 if self.leaves > 1 or self.partial else None
         self.bits, grid = 8 * weight.itemsize, None
         if zero is not None:  # the value of code 8, as one number with the scale
-            self.bits, middle = 4, scale.float() * (8 - zero.float())
-            pairs = torch.stack((scale.float(), middle), dim=-1).bfloat16()
+            self.bits, middle = 4, scale * (8 - zero.float())
+            pairs = torch.stack((scale, middle), dim=-1).bfloat16()
             grid, scale = pairs.view(torch.int32).squeeze(-1), None
             codes = torch.stack((weight & 15, weight >> 4), dim=-1)
             low, high = codes.view(len(weight), -1, 2, 16).unbind(2)
@@ -566,9 +568,15 @@ class TritonPacked(Packed):
         return y
 
 
-@opaque(f"triton_attention({ATTENTION}, int window, float scale) -> Tensor", like_attention)
-def triton_attention(q, k, v, k_cache, v_cache, pos, window, scale):
+@opaque(f"triton_attention({ATTENTION}, int mask, Tensor h, float scale) -> Tensor", like_attention)
+def triton_attention(q, k, v, k_cache, v_cache, pos, mask, heads, scale):
     write_cache(k, v, k_cache, v_cache, pos)
+    kernels = triton_kernels()
+    kind, mask_mod = list(masks)[mask]
+    is_plain = not isinstance(mask_mod, tuple)
+    sees = kernels.jit(mask_mod if is_plain else kind.__call__)
+    first = kernels.jit(kind.first) if hasattr(kind, "first") else None
+    mask = () if is_plain else (mask_mod,)
     B, T, H, D = q.shape
     G, L = k_cache.shape[1:3]
     tile = 64 if D * q.itemsize <= 256 else 32  # shared memory and registers hold no more
@@ -579,13 +587,11 @@ def triton_attention(q, k, v, k_cache, v_cache, pos, window, scale):
         parts = q.new_empty(B * T * H, splits, D + 2, dtype=torch.float32)
         launches = [(k_cache, None, splits), (None, y, 1)]
     d_pad = max(16, 1 << (D - 1).bit_length())
-    sizes = (T, L, window, scale * math.log2(math.e), G, H // G, D, SPLIT, d_pad, tile)
-    stages = 2 if q.itemsize == 2 else 1
-    options = {"num_warps": 4, "num_stages": stages, "enable_fp_fusion": False}
-    kernel = triton_kernels().attention
+    sizes = (T, L, scale * math.log2(math.e), sees, first, G, H // G, D, SPLIT, d_pad, tile)
+    options = {"num_warps": 4, "num_stages": 4 // q.itemsize, "enable_fp_fusion": False}
     for keys, out, programs in launches:
-        tensors = (q.contiguous(), keys, v_cache, pos.contiguous(), parts, out)
-        kernel[blocks, B * G, programs](*tensors, *sizes, **options)
+        tensors = (q.contiguous(), keys, v_cache, pos.contiguous(), heads, parts, out, mask)
+        kernels.attention[blocks, B * G, programs](*tensors, *sizes, **options)
     return y
 
 
@@ -613,11 +619,9 @@ class Fast:
         return F.silu(gate) * up
 
     def mask(self, mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, k_cache):
-        """Over `span` keys at least. On a GPU, where the kernel computes a window, the window."""
-        if pos_BT.is_cuda and hasattr(mask_mod, "window"):
-            return mask_mod.window
-        if pos_BT.is_cuda and self.exact:
-            raise InputError(f"on a GPU, --deterministic needs a sliding_window, not {mask_mod}")
+        """Over `span` keys at least. On a GPU, whose kernel computes it, its number."""
+        if pos_BT.is_cuda:
+            return masks.setdefault((type(mask_mod), mask_mod), len(masks)), heads_GR
         spans = list(range(64, 513, 64))
         if self.exact:
             (G, R), D = heads_GR.shape, k_cache.shape[3]
@@ -629,8 +633,8 @@ class Fast:
     def attention(self, q_BTHD, k_BTGD, v_BTGD, k_cache, v_cache, pos_BT, mask, scale) -> Tensor:
         """[B, T, H * D]. New keys and values are first written to the caches [B, G, L, D]."""
         tensors = (q_BTHD, k_BTGD, v_BTGD, k_cache, v_cache, pos_BT)
-        if isinstance(mask, int):
-            return triton_attention(*tensors, mask, scale)
+        if k_cache.is_cuda:
+            return triton_attention(*tensors, *mask, scale)
         bias, _, spans = mask
         how = (*mask, scale, 16 if self.exact else 1)
         if not torch.compiler.is_compiling() or q_BTHD.shape[1] > 1 or not spans:

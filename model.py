@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import quantize
 import tp
-from kernels import Fast, InputError, causal, leaf_count, sliding_window
+from kernels import Fast, InputError, SlidingWindow, causal, leaf_count
 
 KVCache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, G, length, head_dim]
 
@@ -63,8 +63,7 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Layer(nn.Module):
-    """A part of a model. Where `shapes` has checkpoint tensors by name, its `load` is given all, in
-    that order, and returns the bytes that every step then reads."""
+    """`load` is given the checkpoint tensors named in `shapes`, and returns what a step reads."""
 
     def __init__(self, model: "Transformer", shapes: dict | None = None):
         super().__init__()
@@ -79,9 +78,8 @@ class Layer(nn.Module):
 
 
 class Linear(Layer):
-    """y = x W^T + b of the checkpoint layers of one input, stacked: `outputs` by name. Ranks share
-    the outputs, in whole units, or where `axis` is 1 the inputs: there, sums are made of leaves. It
-    is quantized as `config` says, by default the model's."""
+    """y = x W^T + b of checkpoint layers of one input, stacked: `outputs` by name. Ranks cut these,
+    in whole units, or if `axis` is 1 the inputs: sums of leaves. `config` says how to quantize."""
 
     def __init__(self, model, outputs, in_features, bias=False, axis=0, unit=1, config=None):
         config = config or model.config
@@ -259,7 +257,7 @@ class Transformer(nn.Module):
         length = config.max_position_embeddings + 64  # drafts may reach beyond the end
         self.kinds = {}  # of layers, by window: a table of angles and a mask
         for window, rope in config.ropes.items():
-            mask_mod = sliding_window(window) if window else causal
+            mask_mod = SlidingWindow(window) if window else causal
             self.kinds[window] = (rope_table(config, rope, length).to(device), mask_mod)
         self.decode = self.verify = self.prefill = self.stack  # to be compiled
         self.decode_logits = self.logits

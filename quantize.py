@@ -106,7 +106,7 @@ class Int4Linear(Packed):
             if best is None:
                 best = found
             better = error < best[0]
-            best = [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
+            best = [torch.where(better, *pair) for pair in zip(found, best, strict=True)]
         _, scale, zero = best
         codes = (w / scale).add_(zero).round_().clamp_(0, 15).flatten(1)
         pairs = (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8)

@@ -67,8 +67,7 @@ def all_reduce(x: Tensor) -> Tensor:
 def all_gather(x: Tensor) -> Tensor:
     """[world, *x.shape]: the collective moves numbers and adds none."""
     y = x.new_empty(world, *x.shape)
-    # Before torch 2.13 it had another name.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # till 2.12
     exchange(gather, y.flatten(0, 1), x.contiguous())
     return y
 

@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 import kernels
 
 WHOLE = "i32"
-VARIES = ("M", "T", "L", "window")  # a call's own, no multiple of anything
+VARIES = ("M", "T", "L")  # a call's own, no multiple of anything
 LAUNCHES = kernels.TritonPacked.LAUNCHES
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -60,7 +60,7 @@ def compile_kernel(arch: int, function, options, constants: dict, types: dict) -
     for i, name in enumerate(function.arg_names):
         kind = "constexpr" if name in constants else types[name]
         signature[name] = kind
-        if kind[0] in "*i" and name not in VARIES:
+        if kind[0] in ("*", "i") and name not in VARIES:
             attributes[(i,)] = [["tt.divisibility", 16]]
     placed = {(function.arg_names.index(name),): x for name, x in constants.items()}
     source = ASTSource(function, signature, placed, attributes)
@@ -112,10 +112,15 @@ def compile_linear(arch: int, function, weight: Weight, launch: dict) -> Compile
 def compile_attention(arch: int, function, kind: str, tile, stages, absent: str) -> Compiled:
     """Of 8 KV heads with 4 queries each; `absent` is the argument that is None."""
     constants = {"G": 8, "R": 4, "D": 128, "D_PAD": 128, "SPLIT": kernels.SPLIT, "TILE": tile}
+    jit = kernels.triton_kernels().jit
     constants[absent] = None
+    constants |= {
+        "SEES": jit(kernels.SlidingWindow.__call__),
+        "FIRST": jit(kernels.SlidingWindow.first),
+    }
     types = {"q": kind, "k_cache": kind, "v_cache": kind, "pos": "*i64", "parts": "*fp32"}
-    types |= {"y": kind, "scale": "fp32"}
-    types |= dict.fromkeys(("T", "L", "window"), WHOLE)
+    types |= {"y": kind, "scale": "fp32", "heads": "*i64", "mask": (kernels.SlidingWindow(WHOLE),)}
+    types |= dict.fromkeys(("T", "L"), WHOLE)
     options = {"num_warps": 4, "num_stages": stages}
     return compile_kernel(arch, function, options, constants, types)
 
