@@ -409,8 +409,8 @@ def triton_kernels() -> SimpleNamespace:
         GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
         """One leaf of a tile of y [M, leaves, N]. On the left wgmma wants 64 rows: the weight's."""
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # first, so that all share a weight
+        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         m = m.to(tl.int64)
         n = n.to(tl.int64)[:, None]
         there = (m < M) & (n < N)
@@ -558,12 +558,14 @@ class TritonPacked(Packed):
         most_k = min(1024 // self.bits, launch["BLOCK_K"] * 2 // x.itemsize)
         block_k = math.gcd(most_k, K // leaves)  # no block straddles a leaf
         blocks = -(-N // launch["BLOCK_N"])
-        programs = (blocks, -(-M // launch["BLOCK_M"]), leaves)
+        programs = (-(-M // launch["BLOCK_M"]), blocks, leaves)
         y = x.new_empty(*x.shape[:-1], *self.shape, dtype=self.sum_dtype)
         bias = self.bias if leaves == 1 else None
         group = 1 if self.grid is None else K // self.grid.shape[1]
         tensors = (x.contiguous(), self.weight, self.scale, self.grid, bias, y)
         options = launch | {"BLOCK_K": block_k, "enable_fp_fusion": False}
+        if launch["BLOCK_M"] == 16 and blocks * leaves <= 132:  # alone on a unit, one reads ahead
+            options["num_stages"] = 7
         triton_kernels().linear[programs](*tensors, M, N, K, K // leaves, group, **options)
         return y
 
@@ -588,7 +590,9 @@ def triton_attention(q, k, v, k_cache, v_cache, pos, mask, heads, scale):
         launches = [(k_cache, None, splits), (None, y, 1)]
     d_pad = max(16, 1 << (D - 1).bit_length())
     sizes = (T, L, scale * math.log2(math.e), sees, first, G, H // G, D, SPLIT, d_pad, tile)
-    options = {"num_warps": 4, "num_stages": 4 // q.itemsize, "enable_fp_fusion": False}
+    is_hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
+    stages = 3 if is_hopper and q.itemsize == 2 else 4 // q.itemsize
+    options = {"num_warps": 4, "num_stages": stages, "enable_fp_fusion": False}
     for keys, out, programs in launches:
         tensors = (q.contiguous(), keys, v_cache, pos.contiguous(), heads, parts, out, mask)
         kernels.attention[blocks, B * G, programs](*tensors, *sizes, **options)

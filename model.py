@@ -106,11 +106,10 @@ class Linear(Layer):
             self.leaves = 1 if leaves % self.ranks else leaves // self.ranks
 
     def load(self, tensors: list[Tensor]) -> int:
-        # Each checkpoint layer has the same kinds in turn; stacked, they leave the mapped file.
         if self.axis == 0:
             tensors = [tp.part(t, 0, self.ranks, self.unit) for t in tensors]
-        stacked = {}
-        for i, kind in enumerate(self.kinds):
+        stacked = {}  # copies, which leave the mapped file
+        for i, kind in enumerate(self.kinds):  # each checkpoint layer has these in turn
             stacked[kind] = torch.cat(tensors[i :: len(self.kinds)]).to(self.device)
         if "scale" not in stacked:
             stacked = {kind: tensor.to(self.dtype) for kind, tensor in stacked.items()}
@@ -146,8 +145,7 @@ class RMSNorm(Layer):
 
 
 class Embedding(Layer):
-    """The token embedding. On a CPU its rows are read where they lie in the mapped file, one a
-    token: so the only copy in memory of a table that is the head as well is the head's."""
+    """The token embedding. A CPU reads its rows in the mapped file: a tied head is a copy."""
 
     def load(self, tensors: list[Tensor]) -> int:
         on_cpu = self.device.type == "cpu"

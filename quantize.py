@@ -25,9 +25,8 @@ from kernels import AMX, Fast, Packed, TritonPacked, add_leaves, opaque_linear
 
 
 class Int8Linear(Packed):
-    """8-bit weights with a scale a row. On a CPU, an input is two 7-bit numbers and a scale for
-    each token and leaf: sums of integers have no order, so bits are the same at any number of rows.
-    With an eighth bit, units without VNNI would cut off sums of two products at 2^15."""
+    """8-bit weights with a scale a row. On a CPU, an input is two 7-bit numbers and a scale a token
+    and leaf: sums of integers have no order. (Of 8 bits, units without VNNI cut off at 2^15.)"""
 
     @staticmethod
     def from_float(weight: Tensor, group_size: int) -> dict[str, Tensor]:
@@ -166,8 +165,7 @@ def quantized(mode: str | None, weight: Tensor, group_size: int) -> dict[str, Te
     """The tensors of a float weight [N, K] in a checkpoint of that mode, by kind."""
     if mode is None:
         return {"weight": weight}
-    # A CPU takes so many rows at a time as its cache holds, ten times as fast as all at once.
-    rows = len(weight) if weight.is_cuda else max(1, 2**17 // weight.shape[1])
+    rows = len(weight) if weight.is_cuda else max(1, 2**17 // weight.shape[1])  # in a CPU's cache
     parts = [LINEARS[mode].from_float(part, group_size) for part in weight.split(rows)]
     return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
 

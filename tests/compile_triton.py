@@ -21,7 +21,8 @@ import kernels
 
 WHOLE = "i32"
 VARIES = ("M", "T", "L")  # a call's own, no multiple of anything
-LAUNCHES = kernels.TritonPacked.LAUNCHES
+LAUNCHES = dict(kernels.TritonPacked.LAUNCHES)
+LAUNCHES["16, few"] = LAUNCHES[16] | {"num_stages": 7}
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -140,7 +141,8 @@ def describe_product(made: Compiled) -> list:
 
 def describe_kernels(arch: int) -> None:
     functions = kernels.triton_kernels()
-    kinds = {"bf16": (64, 2), "fp32": (32, 1)}  # tile and stages of attention
+    stages = 3 if arch == 90 else 2
+    kinds = {"bf16": (64, stages), "fp32": (32, 1)}  # tile and stages of attention
     weights = dict(WEIGHTS)
     if arch != 89:  # fp32 uses no tensor cores, so its code is that of the other cards
         del kinds["fp32"], weights["fp32"]

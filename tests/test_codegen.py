@@ -42,16 +42,17 @@ def test_kernels_compile_for_real_cards(card):
     what a product reads is on its way before it is wanted, its loop is short, and at every number
     of rows it is added by one kind of instruction in ascending k."""
     rows = rows_of("compile_triton.py", 80, 89, 90)[card]
-    assert len(rows) == (4 * 3 + 2 * 3 if card == 89 else 3 * 3 + 3)  # fp32 for one of them
+    assert len(rows) == (4 * 4 + 2 * 3 if card == 89 else 3 * 4 + 3)  # fp32 for one of them
     for kernel, name, which, shared, spilled, ahead, late, kinds, width, length in rows:
-        assert int(shared) <= 99 << 10, (kernel, name, which, shared)
+        most = 227 if card == 90 and kernel == "attention" else 99
+        assert int(shared) <= most << 10, (kernel, name, which, shared)
         if kernel == "linear" and name != "fp32":  # which has no such instructions
             assert int(spilled) == 0, (name, which, spilled)
             assert int(ahead) > 0 and int(late) == 0, (name, which, ahead, late)
             want = "wgmma.mma_async k16" if card == 90 else "mma k16"
             assert kinds == want, (name, which, kinds)
             assert int(width) == 2, (name, which, width)
-            assert which != "16" or 0 < int(length) <= LONGEST[name], (name, length)
+            assert which[:2] != "16" or 0 < int(length) <= LONGEST[name], (name, length)
 
 
 @pytest.mark.parametrize("card", [80, 89, 90])

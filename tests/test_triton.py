@@ -142,6 +142,22 @@ def test_4_bits_are_a_thirtieth_of_a_step_from_what_they_stand_for_at_most():
     assert 0 < error.max() < 0.03
 
 
+def test_few_programs_read_further_ahead(monkeypatch):
+    """Of up to 16 rows. Programs of the same weight stand side by side."""
+    launched = []
+
+    class Linear:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append((grid, options["num_stages"]))
+
+    monkeypatch.setattr(kernels, "triton_kernels", lambda: SimpleNamespace(linear=Linear()))
+    for N, M, leaves in ((64 * 132, 16, 1), (64 * 133, 1, 1), (64 * 33, 1, 8), (64, 17, 1)):
+        TritonPacked(torch.empty(N, 32 * leaves), None, leaves)(torch.empty(M, 32 * leaves))
+    TritonPacked(torch.empty(256, 32))(torch.empty(300, 32))
+    assert launched[:2] == [((1, 132, 1), 7), ((1, 133, 1), 4)]
+    assert launched[2:] == [((1, 33, 8), 4), ((1, 1, 1), 4), ((3, 2, 1), 3)]
+
+
 def sums_of_leaves(values):
     """The sum of each row [P, leaves] as a product makes it: of a row of ones with weights that
     have each value once, somewhere in its leaf."""
