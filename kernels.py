@@ -396,10 +396,10 @@ def triton_kernels() -> SimpleNamespace:
 
     @triton.jit
     def floats(words, dtype: tl.constexpr):
-        """The two 16-bit floats in each of 32-bit words, the low one first."""
+        """[..., 2] of words: their high and their low half. In this order nothing is moved."""
         low = words.to(tl.int16).to(dtype, bitcast=True)
         high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
-        return tl.interleave(low, high)
+        return tl.join(high, low)
 
     # A dot adds to one fp32 accumulator in ascending k, whatever the shape of a tile and its warps.
     # As kernels may differ, none fuses products with sums or is of a number that calls vary.
@@ -443,10 +443,11 @@ def triton_kernels() -> SimpleNamespace:
                     b -= floats(pairs & 0 | BASE | 0x00080008, HALF)
                     pair = k // GROUP + tl.arange(0, GROUPS)
                     pair = tl.load(grid + n * (K // GROUP) + pair)[:, :, None]
-                    scale_k, middle_k = tl.split(floats(pair, tl.bfloat16).to(a.dtype))
+                    middle, step = tl.split(floats(pair, tl.bfloat16).to(a.dtype))
                     b = b.to(a.dtype).reshape(BLOCK_N, GROUPS, BLOCK_K // GROUPS)
-                    b = tl.fma(b, scale_k[:, :, None], middle_k[:, :, None])
-                    b = b.reshape(BLOCK_N, BLOCK_K)
+                    b = tl.fma(b, step, middle).reshape(BLOCK_N, BLOCK_K // 2, 2)
+                high, low = tl.split(b)
+                b = tl.interleave(low, high)
             acc = tl.dot(b.to(a.dtype), a, acc, input_precision="ieee")
         if scale is not None:
             acc *= tl.load(scale + n)
@@ -475,7 +476,7 @@ def triton_kernels() -> SimpleNamespace:
         first = 0 if FIRST is None else tl.maximum(FIRST(*mask, tl.min(p)), 0)
         last = tl.max(p)
         queries = tl.load(q + row[:, None] * D + d, mask=d < D, other=0)
-        total = tl.zeros((TILE,), tl.float32)
+        total = tl.zeros([TILE], tl.float32)
         acc = tl.zeros((TILE, D_PAD), tl.float32)
         top = total - 3e38
         for split in range(tl.program_id(2), last // SPLIT + 1, tl.num_programs(2)):
@@ -485,7 +486,7 @@ def triton_kernels() -> SimpleNamespace:
                 total_s = tl.load(part + 1)
                 acc_s = tl.load(part[:, None] + 2 + d, mask=d < D, other=0)
             else:
-                total_s = tl.zeros((TILE,), tl.float32)
+                total_s = tl.zeros([TILE], tl.float32)
                 acc_s = tl.zeros((TILE, D_PAD), tl.float32)
                 top_s = total_s - 3e38
                 start = tl.maximum(split * SPLIT, first // TILE * TILE)
@@ -590,7 +591,7 @@ def triton_attention(q, k, v, k_cache, v_cache, pos, mask, heads, scale):
         launches = [(k_cache, None, splits), (None, y, 1)]
     d_pad = max(16, 1 << (D - 1).bit_length())
     sizes = (T, L, scale * math.log2(math.e), sees, first, G, H // G, D, SPLIT, d_pad, tile)
-    is_hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) == (9, 0)
+    is_hopper = q.is_cuda and torch.cuda.get_device_capability() == (9, 0)
     stages = 3 if is_hopper and q.itemsize == 2 else 4 // q.itemsize
     options = {"num_warps": 4, "num_stages": stages, "enable_fp_fusion": False}
     for keys, out, programs in launches:

@@ -102,8 +102,7 @@ class Int4Linear(Packed):
             changed = (w / scale).add_(zero).round_().clamp_(0, 15).sub_(zero).mul_(scale)
             error = changed.sub_(w).square_().sum(-1, keepdim=True)
             found = [error, scale, zero]
-            if best is None:
-                best = found
+            best = best or found
             better = error < best[0]
             best = [torch.where(better, *pair) for pair in zip(found, best, strict=True)]
         _, scale, zero = best

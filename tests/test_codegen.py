@@ -33,7 +33,7 @@ def rows_of(script, *cards):
 
 
 # Instructions for 64 x 64 weights in bfloat16 and 64 x 128 of 8 and of 4 bits, of up to 16 rows.
-LONGEST = {"bf16": 80, "int8": 360, "int4": 330}
+LONGEST = {"bf16": 80, "int8": 300, "int4": 300}
 
 
 @pytest.mark.parametrize("card", [80, 89, 90])
