@@ -235,8 +235,7 @@ def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tu
 
 @functools.cache
 def exact_tiles(N: int, K: int, dtype: torch.dtype, threads: int, leaves=1) -> list[int]:
-    """The numbers of rows, up to 512, at which a product with a weight [N, K] is seen to have the
-    bits of the reference: one thread, tiles of 16 rows, each stacked leaf alone."""
+    """The numbers of rows to 512 with the reference's bits: one thread, tiles of 16, no stack."""
     outputs = min(N // leaves, 1 << 14)  # more of them would show nothing new
     x, weights = cancelling((512,), (leaves, outputs), K, dtype)
     weight = blocked(weights.flatten(0, 1))
@@ -457,8 +456,8 @@ def triton_kernels() -> SimpleNamespace:
 
     @triton.jit(do_not_specialize=["T", "L"])
     def attention(
-        q, k_cache, v_cache, pos, heads, parts, y, mask, T, L, scale, SEES: tl.constexpr,
-        FIRST: tl.constexpr, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+        q, k_cache, v_cache, pos, heads, parts, y, mask, T, L, q_token, q_head, scale,
+        SEES: tl.constexpr, FIRST: tl.constexpr, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
         SPLIT: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
         """A block of rows, the queries of one KV head, over splits in ascending order. Of a split,
@@ -468,20 +467,21 @@ def triton_kernels() -> SimpleNamespace:
         g = tl.program_id(1) % G
         r = tl.program_id(0) * TILE + tl.arange(0, TILE)
         d = tl.arange(0, D_PAD)
-        t = tl.minimum(r // R, T - 1)
-        row = (b * T + t) * (G * R) + g * R + r % R
-        before = row * tl.cdiv(L, SPLIT)
-        p = tl.load(pos + b * T + t).to(tl.int32)
-        h = tl.load(heads + g * R + r % R)[:, None]
+        token = b * T + tl.minimum(r // R, T - 1)
+        head = g * R + r % R
+        row = token * (G * R) + head
+        p = tl.load(pos + token).to(tl.int32)
+        h = tl.load(heads + head)[:, None]
         first = 0 if FIRST is None else tl.maximum(FIRST(*mask, tl.min(p)), 0)
         last = tl.max(p)
-        queries = tl.load(q + row[:, None] * D + d, mask=d < D, other=0)
+        q += token * q_token + head * q_head
+        queries = tl.load(q[:, None] + d, mask=d < D, other=0)
         total = tl.zeros([TILE], tl.float32)
         acc = tl.zeros((TILE, D_PAD), tl.float32)
         top = total - 3e38
         for split in range(tl.program_id(2), last // SPLIT + 1, tl.num_programs(2)):
             if k_cache is None:
-                part = parts + (before + split) * (D + 2)
+                part = parts + (row * tl.cdiv(L, SPLIT) + split) * (D + 2)
                 top_s = tl.load(part)
                 total_s = tl.load(part + 1)
                 acc_s = tl.load(part[:, None] + 2 + d, mask=d < D, other=0)
@@ -514,7 +514,7 @@ def triton_kernels() -> SimpleNamespace:
             acc += acc_s * new[:, None]
         real = r < T * R
         if y is None:
-            part = parts + (before + tl.program_id(2)) * (D + 2)
+            part = parts + (row * tl.cdiv(L, SPLIT) + tl.program_id(2)) * (D + 2)
             tl.store(part, top, mask=real)
             tl.store(part + 1, total, mask=real)
             tl.store(part[:, None] + 2 + d, acc, mask=real[:, None] & (d < D))
@@ -528,8 +528,7 @@ def triton_kernels() -> SimpleNamespace:
 class TritonPacked(Packed):
     """A weight on a GPU, as it is or quantized as quantize.py says."""
 
-    # By the most rows M; only what changes no bits. Shared memory fits the 99 KB of sm_89.
-    LAUNCHES = {
+    LAUNCHES = {  # by the most rows M: what changes no bits, in the 99 KB of shared memory of sm_89
         16: {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
         64: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
         math.inf: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
@@ -576,12 +575,12 @@ def triton_attention(q, k, v, k_cache, v_cache, pos, mask, heads, scale):
     write_cache(k, v, k_cache, v_cache, pos)
     kernels = triton_kernels()
     kind, mask_mod = list(masks)[mask]
-    is_plain = not isinstance(mask_mod, tuple)
-    sees = kernels.jit(mask_mod if is_plain else kind.__call__)
+    mask = (mask_mod,) if isinstance(mask_mod, tuple) else ()
+    sees = kernels.jit(kind.__call__ if mask else mask_mod)
     first = kernels.jit(kind.first) if hasattr(kind, "first") else None
-    mask = () if is_plain else (mask_mod,)
     B, T, H, D = q.shape
     G, L = k_cache.shape[1:3]
+    q = q.flatten(0, 1)  # no copy of a part of other heads
     tile = 64 if D * q.itemsize <= 256 else 32  # shared memory and registers hold no more
     blocks, splits = -(-T * H // G // tile), -(-L // SPLIT)
     y, parts = q.new_empty(B, T, H * D), None
@@ -590,12 +589,13 @@ def triton_attention(q, k, v, k_cache, v_cache, pos, mask, heads, scale):
         parts = q.new_empty(B * T * H, splits, D + 2, dtype=torch.float32)
         launches = [(k_cache, None, splits), (None, y, 1)]
     d_pad = max(16, 1 << (D - 1).bit_length())
-    sizes = (T, L, scale * math.log2(math.e), sees, first, G, H // G, D, SPLIT, d_pad, tile)
+    scale *= math.log2(math.e)
+    sizes = (T, L, *q.stride()[:2], scale, sees, first, G, H // G, D, SPLIT, d_pad, tile)
     is_hopper = q.is_cuda and torch.cuda.get_device_capability() == (9, 0)
     stages = 3 if is_hopper and q.itemsize == 2 else 4 // q.itemsize
     options = {"num_warps": 4, "num_stages": stages, "enable_fp_fusion": False}
     for keys, out, programs in launches:
-        tensors = (q.contiguous(), keys, v_cache, pos.contiguous(), heads, parts, out, mask)
+        tensors = (q, keys, v_cache, pos.contiguous(), heads, parts, out, mask)
         kernels.attention[blocks, B * G, programs](*tensors, *sizes, **options)
     return y
 

@@ -121,7 +121,7 @@ def compile_attention(arch: int, function, kind: str, tile, stages, absent: str)
     }
     types = {"q": kind, "k_cache": kind, "v_cache": kind, "pos": "*i64", "parts": "*fp32"}
     types |= {"y": kind, "scale": "fp32", "heads": "*i64", "mask": (kernels.SlidingWindow(WHOLE),)}
-    types |= dict.fromkeys(("T", "L"), WHOLE)
+    types |= dict.fromkeys(("T", "L", "q_token", "q_head"), WHOLE)
     options = {"num_warps": 4, "num_stages": stages}
     return compile_kernel(arch, function, options, constants, types)
 

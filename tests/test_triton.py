@@ -308,6 +308,19 @@ def test_a_mask_has_the_bits_of_a_dense_one(mask_mod, ops):
         assert same(got, want) and not same(got, other)
 
 
+def test_queries_are_read_where_they_lie():
+    """Among keys, as a model has them, or each head apart."""
+    q, k, v, *others = case = attention_case([5, 37], 9, 2, 3, 16, 64)
+    want = run(case)
+    among = torch.cat((q, k), dim=2).split((6, 2), dim=2)
+    apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert not among[0].is_contiguous() and not apart[0].is_contiguous()
+    assert same(run((*among, v, *others)), want)
+    assert same(run((*apart, *others)), want)
+    first = [x[:1] for x in (*apart, *others)]
+    assert same(run(first), want[:1])
+
+
 def test_masks_of_one_kind_are_one_kernel(monkeypatch):
     """They differ in numbers that it is given; masks of two kinds do not."""
     kernel = kernels.triton_kernels()
@@ -316,7 +329,7 @@ def test_masks_of_one_kind_are_one_kernel(monkeypatch):
     class Attention:
         def __getitem__(self, grid):
             def launch(*args, **options):
-                seen.append((args[7], args[11:13]))
+                seen.append((args[7], args[13:15]))
                 return kernel.attention[grid](*args, **options)
 
             return launch
