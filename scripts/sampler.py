@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scripts.requests import Completion, Request
 
 WORD = 0xFFFFFFFF
+CHUNKS = 64  # in which a GPU looks for the largest logits
 IDLE = Request(0, "", [], temperature=0)  # of a row that draws for nobody
 FIELDS = {  # of a request that a draw takes, one number each
     "temperature": torch.float32,
@@ -57,9 +59,23 @@ def top(logits_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ids = torch.arange(V, device=logits_BV.device)
     bits = (logits_BV + 0.0).view(torch.int32)  # adding 0 turns -0 into 0
     ordered = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long()
-    packed = (ordered << 32 | (WORD - ids)).topk(min(k, V)).values
-    ids = WORD - (packed & WORD)
+    packed = ordered << 32 | (WORD - ids)
+    if packed.is_cuda:
+        packed = candidates(packed, k)
+    ids = WORD - (packed.topk(min(k, V)).values & WORD)
     return logits_BV.gather(-1, ids), ids
+
+
+def candidates(packed_BV: Tensor, k: int) -> Tensor:
+    """Of integers that all differ, the k largest of each of 64 chunks, and so those of all: work
+    for all of a GPU, where one row would be that of a single unit."""
+    size = -(-packed_BV.shape[1] // CHUNKS)
+    if k >= size:
+        return packed_BV
+    more = size * CHUNKS - packed_BV.shape[1]
+    if more:
+        packed_BV = F.pad(packed_BV, (0, more), value=-(1 << 63))
+    return packed_BV.unflatten(1, (CHUNKS, size)).topk(k).values.flatten(1)
 
 
 def rounded_up(size: int) -> int:

@@ -9,7 +9,7 @@ from helpers import CPU, fits
 
 from scripts import sampler as sampling
 from scripts.requests import Request
-from scripts.sampler import Sampler, gumbel, mix, noise_key, top
+from scripts.sampler import Sampler, candidates, gumbel, mix, noise_key, top
 
 
 def seeded(seed):
@@ -188,6 +188,20 @@ def test_top_breaks_ties_by_id():
         got_values, got_ids = top(torch.tensor([values, values]), k)
         assert got_ids.tolist() == [want[:k]] * 2
         assert got_values.tolist()[0] == [values[i] for i in want[:k]]
+
+
+@pytest.mark.parametrize("V", [640, 4096, 5003])
+@pytest.mark.parametrize("k", [1, 4, 64])
+def test_candidates_of_a_gpu_are_enough(V, k):
+    """Wherever the largest are: spread, or all in one chunk; the padding is none of them."""
+    spread = torch.randperm(V, generator=seeded(0)) - V
+    rows = torch.stack([spread, torch.arange(V), torch.arange(V).flip(0)]) << 32
+    found = candidates(rows, k)
+    assert found.shape[1] < V or k >= -(-V // 64)
+    assert torch.equal(found.topk(k).values, rows.topk(k).values)
+    # The negative control: fewer of each chunk are too few where all are in one.
+    if 1 < k < V // 64:
+        assert not torch.equal(candidates(rows, k - 1).topk(k).values, rows.topk(k).values)
 
 
 def drawn_ids(logits, n=600, **fields):
