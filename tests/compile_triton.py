@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kernels
+from tests import masks
 
 WHOLE = "i32"
 VARIES = ("M", "T", "L")  # a call's own, no multiple of anything
@@ -61,7 +62,7 @@ def compile_kernel(arch: int, function, options, constants: dict, types: dict) -
     for i, name in enumerate(function.arg_names):
         kind = "constexpr" if name in constants else types[name]
         signature[name] = kind
-        if kind[0] in ("*", "i") and name not in VARIES:
+        if kind[:1] in ("*", "i") and name not in VARIES:
             attributes[(i,)] = [["tt.divisibility", 16]]
     placed = {(function.arg_names.index(name),): x for name, x in constants.items()}
     source = ASTSource(function, signature, placed, attributes)
@@ -110,17 +111,23 @@ def compile_linear(arch: int, function, weight: Weight, launch: dict) -> Compile
     return compile_kernel(arch, function, options, blocks, types)
 
 
-def compile_attention(arch: int, function, kind: str, tile, stages, absent: str) -> Compiled:
+def compile_attention(
+    arch: int, function, kind: str, tile, stages, absent: str, mask=kernels.causal
+) -> Compiled:
     """Of 8 KV heads with 4 queries each; `absent` is the argument that is None."""
     constants = {"G": 8, "R": 4, "D": 128, "D_PAD": 128, "SPLIT": kernels.SPLIT, "TILE": tile}
     jit = kernels.triton_kernels().jit
     constants[absent] = None
-    constants |= {
-        "SEES": jit(kernels.SlidingWindow.__call__),
-        "FIRST": jit(kernels.SlidingWindow.first),
-    }
+    constants |= {"SEES": mask, "FIRST": None}
+    numbers = ()
+    if isinstance(mask, tuple):
+        numbers = (type(mask)(*[WHOLE] * len(mask)),)
+        constants["SEES"] = type(mask).__call__
+    constants["SEES"] = jit(constants["SEES"])
+    if hasattr(mask, "first"):
+        constants["FIRST"] = jit(type(mask).first)
     types = {"q": kind, "k_cache": kind, "v_cache": kind, "pos": "*i64", "parts": "*fp32"}
-    types |= {"y": kind, "scale": "fp32", "heads": "*i64", "mask": (kernels.SlidingWindow(WHOLE),)}
+    types |= {"y": kind, "scale": "fp32", "heads": "*i64", "mask": numbers}
     types |= dict.fromkeys(("T", "L", "q_token", "q_head"), WHOLE)
     options = {"num_warps": 4, "num_stages": stages}
     return compile_kernel(arch, function, options, constants, types)
@@ -158,6 +165,11 @@ def describe_kernels(arch: int) -> None:
             how = f"no {absent}"
             row = (arch, "attention", kind, how, made.shared, spilled(made), *[""] * 4)
             print(*row, length_of_loop(made), sep="|")
+
+    for mask in (masks.Sinks(4, 21), masks.odd_or_near) if arch == 89 else ():
+        made = compile_attention(arch, functions.attention, "*bf16", 64, 2, "parts", mask)
+        row = (arch, "attention", "bf16", "a fork's", made.shared, spilled(made), *[""] * 4)
+        print(*row, length_of_loop(made), sep="|")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def test_kernels_compile_for_real_cards(card):
     what a product reads is on its way before it is wanted, its loop is short, and at every number
     of rows it is added by one kind of instruction in ascending k."""
     rows = rows_of("compile_triton.py", 80, 89, 90)[card]
-    assert len(rows) == (4 * 4 + 2 * 3 if card == 89 else 3 * 4 + 3)  # fp32 for one of them
+    # Of one of them also fp32, and two masks that a fork might write.
+    assert len(rows) == (4 * 4 + 2 * 3 + 2 if card == 89 else 3 * 4 + 3)
     for kernel, name, which, shared, spilled, ahead, late, kinds, width, length in rows:
         most = 227 if card == 90 and kernel == "attention" else 99
         assert int(shared) <= most << 10, (kernel, name, which, shared)
