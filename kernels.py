@@ -1,7 +1,7 @@
 """The op tables, through which the reductions of a model go: `Fast`, what PyTorch does best, and
 `BatchInvariant`, with which the logits of a token have the same bits whatever is computed beside
 it. A fork writes a third. Letters in names are dimensions: B rows of a batch, T new tokens, H query
-heads, G KV heads, R = H / G, D head_dim, L cached positions, N x K a weight, M rows it meets."""
+heads, G KV heads, R = H / G, D head_dim, L cached positions, N x K a weight, M rows of x."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ class InputError(ValueError):
 class SlidingWindow(NamedTuple):
     """A mask_mod, as FlexAttention has it: causal, and only the last `window` keys, the query's own
     among them. A GPU's kernel compiles this source: a mask is a function of absolute positions, or
-    a NamedTuple of its numbers with such a call. `first` says which keys it never looks behind."""
+    a NamedTuple of its numbers with such a call. It never looks at keys before its `first`."""
 
     window: int
 
@@ -222,7 +222,7 @@ def one_thread():
 
 
 def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Random [*a_shape, K] and [*b_shape, K]: bits of their sums, about 0, show their order."""
+    """Random [*a_shape, K] and [*b_shape, K]: the bits of their sums, about 0, tell the order."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(*a_shape, K // 2, generator=generator)
     b = torch.randn(*b_shape, K // 2, generator=generator)
@@ -235,7 +235,7 @@ def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tu
 
 @functools.cache
 def exact_tiles(N: int, K: int, dtype: torch.dtype, threads: int, leaves=1) -> list[int]:
-    """The numbers of rows to 512 with the reference's bits: one thread, tiles of 16, no stack."""
+    """The numbers of rows, up to 512, with the bits of one thread, 16 rows and a leaf at a time."""
     outputs = min(N // leaves, 1 << 14)  # more of them would show nothing new
     x, weights = cancelling((512,), (leaves, outputs), K, dtype)
     weight = blocked(weights.flatten(0, 1))
@@ -338,7 +338,7 @@ def exact_spans(B: int, G: int, D: int, R: int, dtype, threads: int) -> list[int
 
 
 def attend_in_loops(q_BTHD, k_BGLD, v_BGLD, bias, scale: float) -> Tensor:
-    """Of one token a row: a compiler makes loops of it, in half the time of a call of an op."""
+    """Attention of one token a row, in loops for a compiler: half the time of calling an op."""
     keys, values = (x[:, :, None, : bias.shape[-1]].float() for x in (k_BGLD, v_BGLD))
     q_BGRD = q_BTHD[:, 0].unflatten(1, (k_BGLD.shape[1], -1)).float()
     scores = (q_BGRD.unsqueeze(3) * keys).sum(-1) * scale
@@ -401,7 +401,7 @@ def triton_kernels() -> SimpleNamespace:
         return tl.join(high, low)
 
     # A dot adds to one fp32 accumulator in ascending k, whatever the shape of a tile and its warps.
-    # As kernels may differ, none fuses products with sums or is of a number that calls vary.
+    # No product is fused with a sum, nor a number compiled in that varies from call to call.
     @triton.jit(do_not_specialize=["M"])
     def linear(
         x, w, scale, grid, bias, y, M, N, K, leaf,

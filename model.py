@@ -145,7 +145,7 @@ class RMSNorm(Layer):
 
 
 class Embedding(Layer):
-    """The token embedding. A CPU reads its rows in the mapped file: a tied head is a copy."""
+    """The token embedding. A CPU reads rows in the mapped file: only a tied head has a copy."""
 
     def load(self, tensors: list[Tensor]) -> int:
         on_cpu = self.device.type == "cpu"

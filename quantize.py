@@ -90,7 +90,7 @@ class Int4Linear(Packed):
     @staticmethod
     def from_float(weight: Tensor, group_size: int) -> dict[str, Tensor]:
         """Rounded to nearest between limits, 0 among them: of the least and the largest of a group,
-        or narrower ones that change it less (the clipping of AWQ, Lin et al. 2023, but no data)."""
+        or narrower ones that change it less (clipping of AWQ, Lin et al. 2023, without data)."""
         w = weight.float().unflatten(1, (-1, group_size))
         least = w.amin(-1, keepdim=True).clamp(max=0)
         most = w.amax(-1, keepdim=True).clamp(min=0)
