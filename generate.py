@@ -92,13 +92,11 @@ class Engine:
         if key not in self.graphs:
             samples = tuple(x.clone() for x in given)
             self.graphs[key] = torch.cuda.make_graphed_callables(run, samples)
-        # What a graph returns is overwritten by its next replay.
-        return tuple(x.clone() for x in self.graphs[key](*given))
+        return tuple(x.clone() for x in self.graphs[key](*given))  # a replay overwrites them
 
     @torch.inference_mode()
     def generate(self, requests: list[Request]) -> Iterator[tuple[Completion, str]]:
-        """Yield (completion, new text) for each token as it is made; a finished slot takes the next
-        request at once."""
+        """Yield (completion, new text) for each token; a finished slot takes the next request."""
         waiting = deque(requests)
         self.slots = [None] * len(self.slots)
         began = time.perf_counter()

@@ -1,8 +1,7 @@
-"""The op tables, through which the reductions of a model go. `Fast` is what PyTorch does best.
-`BatchInvariant` overrides what has to be exact: with it, the logits of a token have the same bits
-whatever else is computed beside it. A fork writes a third class. Letters in names are dimensions: B
-rows of a batch, T new tokens, H query heads, G KV heads, R = H / G, D head_dim, L cached positions,
-N x K a weight, M rows of its input."""
+"""The op tables, through which the reductions of a model go: `Fast`, what PyTorch does best, and
+`BatchInvariant`, with which the logits of a token have the same bits whatever is computed beside
+it. A fork writes a third. Letters in names are dimensions: B rows of a batch, T new tokens, H query
+heads, G KV heads, R = H / G, D head_dim, L cached positions, N x K a weight, M rows of x."""
 
 import contextlib
 import functools
@@ -11,6 +10,7 @@ import math
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,29 +23,33 @@ class InputError(ValueError):
     """The user gave something that cannot work; the message is the line that they read."""
 
 
-def sliding_window(window: int) -> Callable:
-    """A mask_mod, as FlexAttention has it, (b, h, q_idx, kv_idx) -> bool tensor over absolute
-    positions: causal, and only the last `window` keys, the query's own among them."""
+class SlidingWindow(NamedTuple):
+    """A mask_mod, as FlexAttention has it: causal, and only the last `window` keys, the query's own
+    among them. A GPU's kernel compiles this source: a mask is a function of absolute positions, or
+    a NamedTuple of its numbers with such a call. It never looks at keys before its `first`."""
 
-    def mask_mod(b, h, q_idx, kv_idx):
-        return (q_idx >= kv_idx) & (q_idx < kv_idx + window)
+    window: int
 
-    mask_mod.window = window
-    return mask_mod
+    def __call__(self, b, h, q_idx, kv_idx):
+        back = q_idx - kv_idx
+        return (back >= 0) & (back < self.window)
+
+    def first(self, q_idx):
+        return q_idx - self.window + 1
 
 
-causal = sliding_window(1 << 30)
+causal = SlidingWindow(1 << 30)
+masks = {}  # those that a GPU has met, each with its type, and their numbers
 library = torch.library.Library("gpt_exact", "DEF")
 
 
 def opaque(schema: str, fake: Callable) -> Callable:
     """Register a function as an op that torch.compile calls and never looks into. Eager code calls
-    the function itself. `fake` returns an empty tensor of the result's shape and dtype."""
+    it itself. `fake` returns an empty tensor of its shape and dtype, and contiguous as it is."""
 
     def register(function: Callable) -> Callable:
         name = schema.partition("(")[0]
         library.define(schema)
-        # Contiguous, as its fake is.
         library.impl(name, lambda *args: function(*args).contiguous(), "CompositeExplicitAutograd")
         torch.library.register_fake(f"gpt_exact::{name}", fake, lib=library)
         op = getattr(torch.ops.gpt_exact, name).default
@@ -74,8 +78,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def add_leaves(leaves: list[Tensor], bias: Tensor | None = None) -> Tensor:
-    """The sum in fp32 of leaves, each [..., N], and then of the bias: of an even number of leaves
-    as a tree, of others from left to right."""
+    """The fp32 sum of leaves [..., N], an even number as a tree, else in turn; then the bias."""
     while len(leaves) % 2 == 0:
         pairs = zip(leaves[::2], leaves[1::2], strict=True)
         leaves = [a.float() + b for a, b in pairs]
@@ -84,9 +87,8 @@ def add_leaves(leaves: list[Tensor], bias: Tensor | None = None) -> Tensor:
 
 
 def leaf_count(n_kv_heads: int, in_features: int, multiple: int = 32) -> int:
-    """Into how many leaves K is cut where tensor parallelism may cut it: the largest power of two
-    up to 8 that divides the KV heads, else their smallest odd prime factor up to 7; fewer where a
-    leaf would not be a whole multiple of `multiple`."""
+    """Into how many leaves K is cut where ranks may share it: the largest power of two up to 8 that
+    divides the KV heads, else their smallest odd prime up to 7; each a multiple of `multiple`."""
     candidates = (math.gcd(n_kv_heads, 8), 3, 5, 7)
     count = next((n for n in candidates if n > 1 and n_kv_heads % n == 0), 1)
     while count > 1 and in_features % (count * multiple):
@@ -220,8 +222,7 @@ def one_thread():
 
 
 def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Random [*a_shape, K] and [*b_shape, K] whose products add up to 0 but for rounding, so that
-    their bits show the order of the additions."""
+    """Random [*a_shape, K] and [*b_shape, K]: the bits of their sums, about 0, tell the order."""
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(*a_shape, K // 2, generator=generator)
     b = torch.randn(*b_shape, K // 2, generator=generator)
@@ -234,8 +235,7 @@ def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tu
 
 @functools.cache
 def exact_tiles(N: int, K: int, dtype: torch.dtype, threads: int, leaves=1) -> list[int]:
-    """The numbers of rows, up to 512, at which a product with a weight [N, K] is seen to have the
-    bits of the reference: one thread, tiles of 16 rows, each stacked leaf alone."""
+    """The numbers of rows, up to 512, with the bits of one thread, 16 rows and a leaf at a time."""
     outputs = min(N // leaves, 1 << 14)  # more of them would show nothing new
     x, weights = cancelling((512,), (leaves, outputs), K, dtype)
     weight = blocked(weights.flatten(0, 1))
@@ -247,8 +247,7 @@ def exact_tiles(N: int, K: int, dtype: torch.dtype, threads: int, leaves=1) -> l
 
 
 def write_cache(k_BTGD, v_BTGD, k_cache, v_cache, pos_BT: Tensor) -> None:
-    """Put new keys and values into [B, G, L, D] at their positions, before anyone attends to
-    them."""
+    """Put new keys and values into [B, G, L, D] at their positions, before anyone attends."""
     for new, cache in ((k_BTGD, k_cache), (v_BTGD, v_cache)):
         if len(pos_BT) == 1:
             cache.index_copy_(2, pos_BT[0], new.transpose(1, 2))
@@ -274,7 +273,7 @@ def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, spans, scale, rows=1):
     see. Keys are filled up, by others of the cache, to one of `spans` beyond whole blocks of 512,
     as those of the mask are, and the rows of a block to a multiple of `rows`."""
     q_BGTRD = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2)
-    if q_BTHD.shape[1] == 1 or q_BTHD.is_cuda:  # on a GPU, nobody may wait for a limit
+    if q_BTHD.shape[1] == 1:
         y_BGTRD = attend_block(q_BGTRD, k_BGLD, v_BGLD, bias, bias.shape[-1], scale, rows)
     else:
         blocks = []
@@ -287,8 +286,7 @@ def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, spans, scale, rows=1):
 
 
 def attend_block(q_BGTRD, k_BGLD, v_BGLD, bias, span: int, scale: float, rows: int) -> Tensor:
-    """The R queries of a KV head and a token become rows, so that no key is copied: on a CPU five
-    times as fast as enable_gqa."""
+    """The R queries of a KV head and a token become rows: five times as fast as enable_gqa."""
     B, _, T, R, _ = q_BGTRD.shape
     more = -T * R % rows
     q = fill_up(q_BGTRD.flatten(2, 3), 0, 0, 0, more)
@@ -309,8 +307,7 @@ def filled(keys: int, spans) -> int:
 @functools.cache
 def exact_spans(B: int, G: int, D: int, R: int, dtype, threads: int) -> list[int]:
     """The spans with which 16 rows at a time are seen to have the bits of the reference, one thread
-    and a row of the batch alone with spans of 512, in texts of all lengths and with few and many
-    new tokens; no span where even 512 has other bits."""
+    and a row alone with spans of 512, at all lengths, of few and many new tokens; or no span."""
     T, L = 128, 1024
     q, k = cancelling((1, T, G * R), (1, G, L), D, dtype)
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -341,8 +338,7 @@ def exact_spans(B: int, G: int, D: int, R: int, dtype, threads: int) -> list[int
 
 
 def attend_in_loops(q_BTHD, k_BGLD, v_BGLD, bias, scale: float) -> Tensor:
-    """Attention of one token a row, for a compiler: it makes a few loops of that, which take half
-    the time that calling an op does."""
+    """Attention of one token a row, in loops for a compiler: half the time of calling an op."""
     keys, values = (x[:, :, None, : bias.shape[-1]].float() for x in (k_BGLD, v_BGLD))
     q_BGRD = q_BTHD[:, 0].unflatten(1, (k_BGLD.shape[1], -1)).float()
     scores = (q_BGRD.unsqueeze(3) * keys).sum(-1) * scale
@@ -381,13 +377,10 @@ def vector_norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
-@opaque(
-    "gpu_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, *_: x.new_empty(x.shape)
-)
+@opaque("norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, *_: x.new_empty(x.shape))
 def gpu_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """In fp32, where PyTorch's own kernel gives each row a block of threads to itself."""
-    rows = x.float().contiguous()
-    return F.rms_norm(rows, weight.shape, weight.float(), eps).to(x.dtype)
+    """PyTorch's own kernel for fp32, which gives each row a block of threads to itself."""
+    return F.rms_norm(x.contiguous(), weight.shape, weight, eps)
 
 
 SPLIT = 512  # keys that one program attends to before their sum joins that of others
@@ -395,59 +388,77 @@ SPLIT = 512  # keys that one program attends to before their sum joins that of o
 
 @functools.cache
 def triton_kernels() -> SimpleNamespace:
-    """Triton, imported when a GPU asks. `tl` is global, where the interpreter finds it."""
-    global tl
+    """Triton, imported when a GPU asks. What a kernel calls is global, for its interpreter."""
+    global tl, floats
     import triton
     import triton.language as tl
 
-    # A dot adds to one fp32 accumulator in one order of k at every M, so bits depend on neither the
-    # shape of a tile nor its warps. (k ascends; before Hopper it is permuted within 32 for
-    # quantized weights, of which a thread reads four neighbours at once.) FMA contraction is off,
-    # as it may differ between kernels. What varies from call to call is not specialized, for the
-    # same reason.
+    @triton.jit
+    def floats(words, dtype: tl.constexpr):
+        """[..., 2] of words: their high and their low half. In this order nothing is moved."""
+        low = words.to(tl.int16).to(dtype, bitcast=True)
+        high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
+        return tl.join(high, low)
+
+    # A dot adds to one fp32 accumulator in ascending k, whatever the shape of a tile and its warps.
+    # No product is fused with a sum, nor a number compiled in that varies from call to call.
     @triton.jit(do_not_specialize=["M"])
     def linear(
         x, w, scale, grid, bias, y, M, N, K, leaf,
         GROUP: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ):  # fmt: skip
-        """One leaf of one tile of y [M, leaves, N]. The weight is the left operand, where wgmma
-        wants 64 rows: it serves every M."""
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        """One leaf of a tile of y [M, leaves, N]. On the left wgmma wants 64 rows: the weight's."""
+        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # first, so that all share a weight
+        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m = m.to(tl.int64)
         n = n.to(tl.int64)[:, None]
-        m = m.to(tl.int64)[None, :]
+        there = (m < M) & (n < N)
+        y += (m * tl.num_programs(2) + tl.program_id(2)) * N + n
+        n = tl.minimum(n, N - 1)
         begin = tl.program_id(2) * leaf
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for k in range(begin, begin + leaf, BLOCK_K):
             here = k + tl.arange(0, BLOCK_K)
             a = tl.load(x + m * K + here[:, None], mask=m < M, other=0)
-            if grid is None:
-                b = tl.load(w + n * K + here[None, :], mask=n < N, other=0)
-            else:  # 4 bits, of one group or several
-                GROUPS: tl.constexpr = (BLOCK_K + GROUP - 1) // GROUP
-                bytes_at = (n * K + k) // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-                codes = tl.load(w + bytes_at, mask=n < N, other=0)
-                codes = tl.interleave(codes & 15, codes >> 4).to(tl.float32)
-                codes = codes.reshape(BLOCK_N, GROUPS, BLOCK_K // GROUPS)
-                pair_at = n * (K // GROUP) + k // GROUP + tl.arange(0, GROUPS)[None, :]
-                pair = tl.load(grid + pair_at, mask=n < N, other=0)[:, :, None]
-                zeros = (pair >> 16).to(tl.int16)
-                zeros = zeros.to(tl.float16, bitcast=True).to(tl.float32)
-                scales = (pair << 16).to(tl.float32, bitcast=True)
-                b = ((codes - zeros) * scales).reshape(BLOCK_N, BLOCK_K)
+            if w.dtype.element_ty != tl.int32:
+                b = tl.load(w + n * K + here)
+            else:
+                # A code in the last bits of 128 in bfloat16 or 1024 in float16 adds itself to it.
+                HALF: tl.constexpr = tl.float16 if a.dtype == tl.float32 else a.dtype
+                BASE: tl.constexpr = 0x43004300 if HALF == tl.bfloat16 else 0x64006400
+                BITS: tl.constexpr = 8 if grid is None else 4
+                FOUR: tl.constexpr = 128 // BITS  # codes of as many words
+                here = k // FOUR * 4 + tl.arange(0, BLOCK_K // FOUR * 4)
+                words = tl.load(w + n * (K // FOUR * 4) + here)[:, :, None]
+                pairs = words >> tl.arange(0, 16 // BITS) * BITS
+                pairs = pairs.reshape(BLOCK_N, BLOCK_K // FOUR, 4, 2, 8 // BITS)
+                pairs = pairs.permute(0, 1, 4, 3, 2).reshape(BLOCK_N, BLOCK_K // 2)
+                if grid is None:  # a sign bit is -128
+                    signs = floats(pairs & 0x00800080 | BASE, HALF)
+                    b = floats(pairs & 0x007F007F | BASE, HALF) - signs
+                else:  # of one group or several
+                    GROUPS: tl.constexpr = (BLOCK_K + GROUP - 1) // GROUP
+                    b = floats(pairs & 0x000F000F | BASE, HALF)
+                    b -= floats(pairs & 0 | BASE | 0x00080008, HALF)
+                    pair = k // GROUP + tl.arange(0, GROUPS)
+                    pair = tl.load(grid + n * (K // GROUP) + pair)[:, :, None]
+                    middle, step = tl.split(floats(pair, tl.bfloat16).to(a.dtype))
+                    b = b.to(a.dtype).reshape(BLOCK_N, GROUPS, BLOCK_K // GROUPS)
+                    b = tl.fma(b, step, middle).reshape(BLOCK_N, BLOCK_K // 2, 2)
+                high, low = tl.split(b)
+                b = tl.interleave(low, high)
             acc = tl.dot(b.to(a.dtype), a, acc, input_precision="ieee")
         if scale is not None:
-            acc *= tl.load(scale + n, mask=n < N, other=0).to(tl.float32)
+            acc *= tl.load(scale + n)
         if bias is not None:
-            acc += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)
-        y += (m * tl.num_programs(2) + tl.program_id(2)) * N + n
-        there = (m < M) & (n < N)
-        tl.store(y, acc.to(y.dtype.element_ty), mask=there)
+            acc += tl.load(bias + n)
+        tl.store(y, acc, mask=there)
 
-    @triton.jit(do_not_specialize=["T", "L", "window"])
+    @triton.jit(do_not_specialize=["T", "L"])
     def attention(
-        q, k_cache, v_cache, pos, parts, y, T, L, window, scale, G: tl.constexpr, R: tl.constexpr,
-        D: tl.constexpr, SPLIT: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
+        q, k_cache, v_cache, pos, heads, parts, y, mask, T, L, q_token, q_head, scale,
+        SEES: tl.constexpr, FIRST: tl.constexpr, G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+        SPLIT: tl.constexpr, D_PAD: tl.constexpr, TILE: tl.constexpr,
     ):  # fmt: skip
         """A block of rows, the queries of one KV head, over splits in ascending order. Of a split,
         and of all until now, it has the highest score, the sum of the weights relative to that, and
@@ -455,37 +466,38 @@ def triton_kernels() -> SimpleNamespace:
         b = (tl.program_id(1) // G).to(tl.int64)
         g = tl.program_id(1) % G
         r = tl.program_id(0) * TILE + tl.arange(0, TILE)
-        d = tl.arange(0, D_PAD)[None, :]
-        t = r // R
-        row = (b * T + t) * (G * R) + g * R + r % R
-        p = tl.load(pos + b * T + tl.minimum(t, T - 1)).to(tl.int32)
-        first = tl.maximum(tl.min(p, 0) - window + 1, 0)  # the keys that a row of the block may see
-        last = tl.max(p, 0)
-        real = (t < T)[:, None] & (d < D)
-        queries = tl.load(q + row[:, None] * D + d, mask=real, other=0)
-        total = tl.zeros((TILE,), tl.float32)
+        d = tl.arange(0, D_PAD)
+        token = b * T + tl.minimum(r // R, T - 1)
+        head = g * R + r % R
+        row = token * (G * R) + head
+        p = tl.load(pos + token).to(tl.int32)
+        h = tl.load(heads + head)[:, None]
+        first = 0 if FIRST is None else tl.maximum(FIRST(*mask, tl.min(p)), 0)
+        last = tl.max(p)
+        q += token * q_token + head * q_head
+        queries = tl.load(q[:, None] + d, mask=d < D, other=0)
+        total = tl.zeros([TILE], tl.float32)
         acc = tl.zeros((TILE, D_PAD), tl.float32)
         top = total - 3e38
         for split in range(tl.program_id(2), last // SPLIT + 1, tl.num_programs(2)):
             if k_cache is None:
                 part = parts + (row * tl.cdiv(L, SPLIT) + split) * (D + 2)
-                top_s = tl.load(part, mask=t < T, other=0)
-                total_s = tl.load(part + 1, mask=t < T, other=1)
-                acc_s = tl.load(part[:, None] + 2 + d, mask=real, other=0)
+                top_s = tl.load(part)
+                total_s = tl.load(part + 1)
+                acc_s = tl.load(part[:, None] + 2 + d, mask=d < D, other=0)
             else:
-                total_s = tl.zeros((TILE,), tl.float32)
+                total_s = tl.zeros([TILE], tl.float32)
                 acc_s = tl.zeros((TILE, D_PAD), tl.float32)
                 top_s = total_s - 3e38
                 start = tl.maximum(split * SPLIT, first // TILE * TILE)
                 for key in range(start, tl.minimum(split * SPLIT + SPLIT, last + 1), TILE):
                     j = key + tl.arange(0, TILE)
-                    at = ((b * G + g) * L + j[:, None]) * D + d
-                    there = (j <= last)[:, None] & (d < D)
-                    keys = tl.load(k_cache + at, mask=there, other=0)
-                    values = tl.load(v_cache + at, mask=there, other=0)
+                    at = ((b * G + g) * L + tl.minimum(j, last)[:, None]) * D + d
+                    keys = tl.load(k_cache + at, mask=d < D, other=0)
+                    values = tl.load(v_cache + at, mask=d < D, other=0)
                     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-                    back = p[:, None] - j[None, :]
-                    scores = tl.where((back >= 0) & (back < window), scores, float("-inf"))
+                    seen = SEES(*mask, b, h, p[:, None], j)
+                    scores = tl.where(seen, scores, float("-inf"))
                     both = tl.maximum(top_s, tl.max(scores, 1))
                     weights = tl.exp2(scores - both[:, None])
                     old = tl.exp2(top_s - both)
@@ -493,46 +505,48 @@ def triton_kernels() -> SimpleNamespace:
                     total_s = total_s * old + tl.sum(weights, 1)
                     acc_s *= old[:, None]
                     acc_s = tl.dot(weights.to(values.dtype), values, acc_s, input_precision="ieee")
-            # A split that a row sees nothing of changes none of its bits.
-            both = tl.maximum(top, top_s)
+            both = tl.maximum(top, top_s)  # a split that a row sees nothing of changes no bits
             old = tl.exp2(top - both)
             new = tl.exp2(top_s - both)
             top = both
             total = total * old + total_s * new
-            acc = acc * old[:, None] + acc_s * new[:, None]
+            acc *= old[:, None]
+            acc += acc_s * new[:, None]
+        real = r < T * R
         if y is None:
             part = parts + (row * tl.cdiv(L, SPLIT) + tl.program_id(2)) * (D + 2)
-            tl.store(part, top, mask=t < T)
-            tl.store(part + 1, total, mask=t < T)
-            tl.store(part[:, None] + 2 + d, acc, mask=real)
+            tl.store(part, top, mask=real)
+            tl.store(part + 1, total, mask=real)
+            tl.store(part[:, None] + 2 + d, acc, mask=real[:, None] & (d < D))
         else:
             y += row[:, None] * D + d
-            acc /= total[:, None]
-            tl.store(y, acc.to(y.dtype.element_ty), mask=real)
+            tl.store(y, acc / total[:, None], mask=real[:, None] & (d < D))
 
-    return SimpleNamespace(linear=linear, attention=attention)
+    return SimpleNamespace(linear=linear, attention=attention, jit=functools.cache(triton.jit))
 
 
 class TritonPacked(Packed):
     """A weight on a GPU, as it is or quantized as quantize.py says."""
 
-    # By the most rows M; only what changes no bits. Shared memory fits the 99 KB of sm_89.
-    LAUNCHES = {
+    LAUNCHES = {  # by the most rows M: what changes no bits, in the 99 KB of shared memory of sm_89
         16: {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
         64: {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4},
         math.inf: {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
     }
 
     def pack(self, weight: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> None:
-        if self.leaves > 1 or self.partial:
-            self.sum_dtype = torch.float32
-        grid = None
-        if zero is not None:  # as one number with the scale: a kernel loads no smaller ones ahead
-            scale_bits = scale.bfloat16().view(torch.int16)
-            zero_bits = zero.half().view(torch.int16)
-            pairs = torch.stack((scale_bits, zero_bits), dim=-1)
-            grid = pairs.view(torch.int32).squeeze(-1)
-            scale = None
+        self.sum_dtype = torch.float32 if self.leaves > 1 or self.partial else None
+        self.bits, grid = 8 * weight.itemsize, None
+        if zero is not None:  # the value of code 8, as one number with the scale
+            self.bits, middle = 4, scale * (8 - zero.float())
+            pairs = torch.stack((scale, middle), dim=-1).bfloat16()
+            grid, scale = pairs.view(torch.int32).squeeze(-1), None
+            codes = torch.stack((weight & 15, weight >> 4), dim=-1)
+            low, high = codes.view(len(weight), -1, 2, 16).unbind(2)
+            weight = low | high << 4
+        if self.bits < 16:  # k and k + 1 stand 16 bits apart, where shifts make two floats of them
+            weight = weight.view(len(weight), -1, 2, 4, 2).permute(0, 1, 3, 4, 2)
+            weight = weight.flatten(1).view(torch.int32)
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("scale", scale)
         self.register_buffer("grid", grid)
@@ -541,24 +555,32 @@ class TritonPacked(Packed):
         N, leaves = self.shape[-1], self.leaves
         M, K = x.shape[:-1].numel(), x.shape[-1]
         launch = next(launch for most, launch in self.LAUNCHES.items() if M <= most)
-        most_k = min(128 // self.weight.itemsize, launch["BLOCK_K"] * 2 // x.itemsize)
+        most_k = min(1024 // self.bits, launch["BLOCK_K"] * 2 // x.itemsize)
         block_k = math.gcd(most_k, K // leaves)  # no block straddles a leaf
         blocks = -(-N // launch["BLOCK_N"])
-        programs = (blocks, -(-M // launch["BLOCK_M"]), leaves)
+        programs = (-(-M // launch["BLOCK_M"]), blocks, leaves)
         y = x.new_empty(*x.shape[:-1], *self.shape, dtype=self.sum_dtype)
         bias = self.bias if leaves == 1 else None
         group = 1 if self.grid is None else K // self.grid.shape[1]
         tensors = (x.contiguous(), self.weight, self.scale, self.grid, bias, y)
         options = launch | {"BLOCK_K": block_k, "enable_fp_fusion": False}
+        if launch["BLOCK_M"] == 16 and blocks * leaves <= 132:  # alone on a unit, one reads ahead
+            options["num_stages"] = 7
         triton_kernels().linear[programs](*tensors, M, N, K, K // leaves, group, **options)
         return y
 
 
-@opaque(f"triton_attention({ATTENTION}, int window, float scale) -> Tensor", like_attention)
-def triton_attention(q, k, v, k_cache, v_cache, pos, window, scale):
+@opaque(f"triton_attention({ATTENTION}, int mask, Tensor h, float scale) -> Tensor", like_attention)
+def triton_attention(q, k, v, k_cache, v_cache, pos, mask, heads, scale):
     write_cache(k, v, k_cache, v_cache, pos)
+    kernels = triton_kernels()
+    kind, mask_mod = list(masks)[mask]
+    mask = (mask_mod,) if isinstance(mask_mod, tuple) else ()
+    sees = kernels.jit(kind.__call__ if mask else mask_mod)
+    first = kernels.jit(kind.first) if hasattr(kind, "first") else None
     B, T, H, D = q.shape
     G, L = k_cache.shape[1:3]
+    q = q.flatten(0, 1)  # no copy of a part of other heads
     tile = 64 if D * q.itemsize <= 256 else 32  # shared memory and registers hold no more
     blocks, splits = -(-T * H // G // tile), -(-L // SPLIT)
     y, parts = q.new_empty(B, T, H * D), None
@@ -567,13 +589,14 @@ def triton_attention(q, k, v, k_cache, v_cache, pos, window, scale):
         parts = q.new_empty(B * T * H, splits, D + 2, dtype=torch.float32)
         launches = [(k_cache, None, splits), (None, y, 1)]
     d_pad = max(16, 1 << (D - 1).bit_length())
-    sizes = (T, L, window, scale * math.log2(math.e), G, H // G, D, SPLIT, d_pad, tile)
-    stages = 2 if q.itemsize == 2 else 1
+    scale *= math.log2(math.e)
+    sizes = (T, L, *q.stride()[:2], scale, sees, first, G, H // G, D, SPLIT, d_pad, tile)
+    is_hopper = q.is_cuda and torch.cuda.get_device_capability() == (9, 0)
+    stages = 3 if is_hopper and q.itemsize == 2 else 4 // q.itemsize
     options = {"num_warps": 4, "num_stages": stages, "enable_fp_fusion": False}
-    kernel = triton_kernels().attention
     for keys, out, programs in launches:
-        tensors = (q.contiguous(), keys, v_cache, pos.contiguous(), parts, out)
-        kernel[blocks, B * G, programs](*tensors, *sizes, **options)
+        tensors = (q, keys, v_cache, pos.contiguous(), heads, parts, out, mask)
+        kernels.attention[blocks, B * G, programs](*tensors, *sizes, **options)
     return y
 
 
@@ -601,11 +624,9 @@ class Fast:
         return F.silu(gate) * up
 
     def mask(self, mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, k_cache):
-        """Over `span` keys at least. On a GPU, where the kernel computes a window, the window."""
-        if pos_BT.is_cuda and hasattr(mask_mod, "window"):
-            return mask_mod.window
-        if pos_BT.is_cuda and self.exact:
-            raise InputError(f"on a GPU, --deterministic needs a sliding_window, not {mask_mod}")
+        """Over `span` keys at least. On a GPU, whose kernel computes it, its number."""
+        if pos_BT.is_cuda:
+            return masks.setdefault((type(mask_mod), mask_mod), len(masks)), heads_GR
         spans = list(range(64, 513, 64))
         if self.exact:
             (G, R), D = heads_GR.shape, k_cache.shape[3]
@@ -617,8 +638,8 @@ class Fast:
     def attention(self, q_BTHD, k_BTGD, v_BTGD, k_cache, v_cache, pos_BT, mask, scale) -> Tensor:
         """[B, T, H * D]. New keys and values are first written to the caches [B, G, L, D]."""
         tensors = (q_BTHD, k_BTGD, v_BTGD, k_cache, v_cache, pos_BT)
-        if isinstance(mask, int):
-            return triton_attention(*tensors, mask, scale)
+        if k_cache.is_cuda:
+            return triton_attention(*tensors, *mask, scale)
         bias, _, spans = mask
         how = (*mask, scale, 16 if self.exact else 1)
         if not torch.compiler.is_compiling() or q_BTHD.shape[1] > 1 or not spans:

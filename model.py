@@ -1,6 +1,5 @@
-"""A decoder of the Llama family: its configuration, layers and KV cache.
-Letters in names are dimensions: B rows of a batch, T new tokens, D head_dim, H query heads, G KV
-heads, V vocabulary, N x K a weight."""
+"""A decoder of the Llama family: its configuration, layers and KV cache. Letters are dimensions: B
+rows, T new tokens, D head_dim, H query heads, G KV heads, V vocabulary, N x K a weight."""
 
 from dataclasses import dataclass, field, replace
 
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 import quantize
 import tp
-from kernels import Fast, InputError, causal, leaf_count, sliding_window
+from kernels import Fast, InputError, SlidingWindow, causal, leaf_count
 
 KVCache = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [B, G, length, head_dim]
 
@@ -42,8 +41,7 @@ class ModelConfig:
 
 
 def frequencies(config: ModelConfig, rope: dict) -> tuple[Tensor, float]:
-    """By how much the pairs of a head turn at each position, fp32 (RoFormer, eq. 15), and what cos
-    and sin are multiplied by."""
+    """How far pairs turn at each position, fp32 (RoFormer, eq. 15), and a factor of cos and sin."""
     size = int(config.head_dim * rope.get("partial_rotary_factor", 1))
     return 1.0 / rope["rope_theta"] ** (torch.arange(0, size, 2) / size), 1.0
 
@@ -65,8 +63,7 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Layer(nn.Module):
-    """A part of a model. Where `shapes` has checkpoint tensors by name, its `load` is given all, in
-    that order, and returns the bytes that every step then reads."""
+    """`load` is given the checkpoint tensors named in `shapes`, and returns what a step reads."""
 
     def __init__(self, model: "Transformer", shapes: dict | None = None):
         super().__init__()
@@ -81,9 +78,8 @@ class Layer(nn.Module):
 
 
 class Linear(Layer):
-    """y = x W^T + b of the checkpoint layers of one input, stacked: `outputs` by name. Ranks share
-    the outputs, in whole units, or where `axis` is 1 the inputs: there, sums are made of leaves. It
-    is quantized as `config` says, by default the model's."""
+    """y = x W^T + b of checkpoint layers of one input, stacked: `outputs` by name. Ranks cut these,
+    in whole units, or if `axis` is 1 the inputs: sums of leaves. `config` says how to quantize."""
 
     def __init__(self, model, outputs, in_features, bias=False, axis=0, unit=1, config=None):
         config = config or model.config
@@ -110,11 +106,10 @@ class Linear(Layer):
             self.leaves = 1 if leaves % self.ranks else leaves // self.ranks
 
     def load(self, tensors: list[Tensor]) -> int:
-        # Each checkpoint layer has the same kinds in turn; stacked, they leave the mapped file.
         if self.axis == 0:
             tensors = [tp.part(t, 0, self.ranks, self.unit) for t in tensors]
-        stacked = {}
-        for i, kind in enumerate(self.kinds):
+        stacked = {}  # copies, which leave the mapped file
+        for i, kind in enumerate(self.kinds):  # each checkpoint layer has these in turn
             stacked[kind] = torch.cat(tensors[i :: len(self.kinds)]).to(self.device)
         if "scale" not in stacked:
             stacked = {kind: tensor.to(self.dtype) for kind, tensor in stacked.items()}
@@ -150,8 +145,7 @@ class RMSNorm(Layer):
 
 
 class Embedding(Layer):
-    """The token embedding. On a CPU its rows are read where they lie in the mapped file, one a
-    token: so the only copy in memory of a table that is the head as well is the head's."""
+    """The token embedding. A CPU reads rows in the mapped file: only a tied head has a copy."""
 
     def load(self, tensors: list[Tensor]) -> int:
         on_cpu = self.device.type == "cpu"
@@ -180,8 +174,7 @@ class FeedForward(Layer):
 
 
 class Block(Layer):
-    """One layer: grouped-query attention with rotary positions over a KV cache, and a feed-forward
-    network, each of a norm of x, and added to x."""
+    """A layer: grouped-query attention over a KV cache and a feed-forward network, added to x."""
 
     capturable = True  # whether a CUDA graph can hold it: nothing in it waits for the device
     rotary = True  # whether its queries and keys know of positions
@@ -262,7 +255,7 @@ class Transformer(nn.Module):
         length = config.max_position_embeddings + 64  # drafts may reach beyond the end
         self.kinds = {}  # of layers, by window: a table of angles and a mask
         for window, rope in config.ropes.items():
-            mask_mod = sliding_window(window) if window else causal
+            mask_mod = SlidingWindow(window) if window else causal
             self.kinds[window] = (rope_table(config, rope, length).to(device), mask_mod)
         self.decode = self.verify = self.prefill = self.stack  # to be compiled
         self.decode_logits = self.logits

@@ -3,8 +3,7 @@
 python quantize.py --mode int4 --group_size 64 --checkpoint_path DIR --out NEW
 
 On disk a weight [N, K] is (code - zero) * scale: int8 [N, K] with a scale a row [N, 1] and no zero,
-or uint8 [N, K / 2], the low nibble at even k, with scale and zero [N, K / group]. The head is int8
-either way, or on disk a tied embedding."""
+or uint8 [N, K / 2], low nibbles at even k, with both [N, K / group]. The head is int8, or tied."""
 
 import itertools
 import math
@@ -26,9 +25,8 @@ from kernels import AMX, Fast, Packed, TritonPacked, add_leaves, opaque_linear
 
 
 class Int8Linear(Packed):
-    """8-bit weights with a scale a row. On a CPU, an input is two 7-bit numbers and a scale for
-    each token and leaf: sums of integers have no order, so bits are the same at any number of rows.
-    With an eighth bit, units without VNNI would cut off sums of two products at 2^15."""
+    """8-bit weights with a scale a row. On a CPU, an input is two 7-bit numbers and a scale a token
+    and leaf: sums of integers have no order. (Of 8 bits, units without VNNI cut off at 2^15.)"""
 
     @staticmethod
     def from_float(weight: Tensor, group_size: int) -> dict[str, Tensor]:
@@ -86,15 +84,13 @@ class Int8Linear(Packed):
 
 
 class Int4Linear(Packed):
-    """4-bit weights with a scale and a zero for each group along K. On a CPU, PyTorch's kernel adds
-    up in one order at every number of rows, but slowly for many: there, where bits may differ, the
-    weight is expanded."""
+    """4-bit weights with a scale and a zero for each group along K. PyTorch's kernel adds up in one
+    order at every number of rows; where bits may differ, many take the weight expanded, quicker."""
 
     @staticmethod
     def from_float(weight: Tensor, group_size: int) -> dict[str, Tensor]:
-        """Rounded to nearest between two limits, 0 among them: of the least and the largest of a
-        group, and of some narrower pairs, each group has those that change it least (the clipping
-        of AWQ, Lin et al. 2023, without data)."""
+        """Rounded to nearest between limits, 0 among them: of the least and the largest of a group,
+        or narrower ones that change it less (clipping of AWQ, Lin et al. 2023, without data)."""
         w = weight.float().unflatten(1, (-1, group_size))
         least = w.amin(-1, keepdim=True).clamp(max=0)
         most = w.amax(-1, keepdim=True).clamp(min=0)
@@ -106,10 +102,9 @@ class Int4Linear(Packed):
             changed = (w / scale).add_(zero).round_().clamp_(0, 15).sub_(zero).mul_(scale)
             error = changed.sub_(w).square_().sum(-1, keepdim=True)
             found = [error, scale, zero]
-            if best is None:
-                best = found
+            best = best or found
             better = error < best[0]
-            best = [torch.where(better, new, old) for new, old in zip(found, best, strict=True)]
+            best = [torch.where(better, *pair) for pair in zip(found, best, strict=True)]
         _, scale, zero = best
         codes = (w / scale).add_(zero).round_().clamp_(0, 15).flatten(1)
         pairs = (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8)
@@ -153,8 +148,7 @@ class Int4Linear(Packed):
         return op(x_MK.contiguous(), codes, self.group, grid.to(x_MK.dtype))
 
     def expanded(self, dtype: torch.dtype) -> Tensor:
-        """The weight [K, N] out of the kernel's layout with AVX-512, in which a byte holds the rows
-        i and i + 32 of 64."""
+        """The weight [K, N], of whose rows a byte of AVX-512's layout holds i and i + 32 of 64."""
         grid = self.grid_0.to(dtype)
         bytes_KN = self.codes_0.view(-1, len(grid) * self.group, 32).transpose(0, 1)
         codes = torch.cat((bytes_KN & 15, bytes_KN >> 4), dim=-1)
@@ -170,8 +164,7 @@ def quantized(mode: str | None, weight: Tensor, group_size: int) -> dict[str, Te
     """The tensors of a float weight [N, K] in a checkpoint of that mode, by kind."""
     if mode is None:
         return {"weight": weight}
-    # A CPU takes so many rows at a time as its cache holds, ten times as fast as all at once.
-    rows = len(weight) if weight.is_cuda else max(1, 2**17 // weight.shape[1])
+    rows = len(weight) if weight.is_cuda else max(1, 2**17 // weight.shape[1])  # in a CPU's cache
     parts = [LINEARS[mode].from_float(part, group_size) for part in weight.split(rows)]
     return {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
 

@@ -4,8 +4,7 @@ model. A block needs two sums over ranks and no other exchange, since its weight
     gate, up   outputs
     o, down    inputs: the products of ranks are added
     head       outputs, by vocabulary: logits are gathered whole
-Experts are cut like any gate, up and down. All else runs at every rank alike; the embedding, of
-which a token reads one row, is whole at each."""
+Experts are cut like any gate, up and down. All else runs at all ranks alike, also the embedding."""
 
 import math
 import os
@@ -29,8 +28,7 @@ rank = variable("RANK") if world > 1 else 0
 
 
 def degrees(config, exact: bool) -> list[int]:
-    """How many ranks can share a model: whole heads, groups and, if bits count, subtrees of
-    leaves."""
+    """How many ranks can share a model: whole heads, groups and, if bits count, subtrees."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     group = config.group_size if config.quantization == "int4" else 1
     summed = (heads * config.head_dim, config.intermediate_size)  # inputs of o and down
@@ -42,8 +40,7 @@ def degrees(config, exact: bool) -> list[int]:
 
 
 def part(tensor: Tensor, axis: int, ranks: int, unit: int = 1) -> Tensor:
-    """This rank's part along an axis, in whole units, of which ranks may share one. All of a tensor
-    that has no such axis."""
+    """This rank's part along an axis, in whole units, which ranks may share; all if it has none."""
     if tensor.dim() <= axis or tensor.shape[axis] == 1:
         return tensor
     pieces = min(ranks, tensor.shape[axis] // unit)
@@ -70,15 +67,13 @@ def all_reduce(x: Tensor) -> Tensor:
 def all_gather(x: Tensor) -> Tensor:
     """[world, *x.shape]: the collective moves numbers and adds none."""
     y = x.new_empty(world, *x.shape)
-    # Before torch 2.13 it had another name.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # till 2.12
     exchange(gather, y.flatten(0, 1), x.contiguous())
     return y
 
 
 def add_up(y: Tensor, bias: Tensor | None, exact: bool) -> Tensor:
-    """The sum over ranks, then the bias. Exact: in fp32, each rank's subtree in its place of the
-    tree of leaves."""
+    """The sum over ranks, then the bias. Exact: in fp32, each rank's subtree in its place."""
     if exact:
         return add_leaves(all_gather(y.float()).unbind(0), bias)
     total = all_reduce(y)

@@ -276,7 +276,7 @@ def compiled(model, sizes: list[int], **more) -> Callable:
     def stack_of_runs(layers, x, views, cache):
         masks = {id(mask): mask for *_, mask in views}
         for mask in masks.values():
-            if not isinstance(mask, int):
+            if not isinstance(mask[0], int):  # as on a GPU
                 # Its keys grow with the text: one graph for all.
                 torch._dynamo.maybe_mark_dynamic(mask[0], 4)
         for run, part, some in runs:

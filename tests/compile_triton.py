@@ -1,12 +1,16 @@
 """Compile the Triton kernels for a card that need not be there, in every way that they are
-launched, and print of each: card, kernel, weight, launch, bytes of shared memory, loads ahead of
-their use and not, in the loop, kinds of products, and how many numbers along k a thread has side by
-side: 2 where k ascends, more where tensor cores are given it permuted.
+launched, and print of each: card, kernel, weight, launch, bytes of shared memory, of registers
+moved out to memory, loads ahead of their use and not, in the loop, kinds of products, how many
+numbers along k a thread has side by side: 2 where k ascends, more where tensor cores are given it
+permuted; and the machine's instructions of the loop.
 
 python tests/compile_triton.py 89 90"""
 
 import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 import triton
@@ -14,10 +18,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kernels
+from tests import masks
 
 WHOLE = "i32"
-VARIES = ("M", "T", "L", "window")  # a call's own, no multiple of anything
-LAUNCHES = kernels.TritonPacked.LAUNCHES
+VARIES = ("M", "T", "L")  # a call's own, no multiple of anything
+LAUNCHES = dict(kernels.TritonPacked.LAUNCHES)
+LAUNCHES["16, few"] = LAUNCHES[16] | {"num_stages": 7}
+DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 class Weight(NamedTuple):
@@ -34,8 +41,8 @@ class Weight(NamedTuple):
 
 WEIGHTS = {
     "bf16": Weight("*bf16", "*bf16", None, None, 2, 2, 1),
-    "int8": Weight("*bf16", "*i8", "*bf16", None, 2, 1, 1),
-    "int4": Weight("*bf16", "*u8", None, "*i32", 2, 1, 32),
+    "int8": Weight("*bf16", "*i32", "*bf16", None, 2, 1, 1),
+    "int4": Weight("*bf16", "*i32", None, "*i32", 2, 1, 32),
     "fp32": Weight("*fp32", "*fp32", None, None, 4, 4, 1),
 }
 
@@ -44,6 +51,7 @@ class Compiled(NamedTuple):
     shared: int  # bytes of shared memory
     ptx: str
     text: str  # Triton's own
+    code: list[tuple[int, str]]  # the instructions of the machine, with their addresses
 
 
 def compile_kernel(arch: int, function, options, constants: dict, types: dict) -> Compiled:
@@ -54,13 +62,41 @@ def compile_kernel(arch: int, function, options, constants: dict, types: dict) -
     for i, name in enumerate(function.arg_names):
         kind = "constexpr" if name in constants else types[name]
         signature[name] = kind
-        if kind[0] in "*i" and name not in VARIES:
+        if kind[:1] in ("*", "i") and name not in VARIES:
             attributes[(i,)] = [["tt.divisibility", 16]]
     placed = {(function.arg_names.index(name),): x for name, x in constants.items()}
     source = ASTSource(function, signature, placed, attributes)
     options = options | {"enable_fp_fusion": False}
     made = triton.compile(source, GPUTarget("cuda", arch, 32), options)
-    return Compiled(made.metadata.shared, made.asm["ptx"], made.asm["ttgir"])
+    code = disassembled(made.asm["cubin"])
+    return Compiled(made.metadata.shared, made.asm["ptx"], made.asm["ttgir"], code)
+
+
+def disassembled(cubin: bytes) -> list[tuple[int, str]]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [DISASSEMBLER, "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.M)
+    return [(int(address, 16), instruction) for address, instruction in found]
+
+
+def spilled(made: Compiled) -> int:
+    """How many registers are stored to memory, for want of room."""
+    return sum("STL" in instruction for _, instruction in made.code)
+
+
+def length_of_loop(made: Compiled) -> int:
+    """The instructions of the innermost loop with a product of tensor cores, 0 without one."""
+    lengths = []
+    for end, instruction in made.code:
+        jump = re.search(r"BRA.*?(0x[0-9a-f]+)", instruction)
+        start = int(jump[1], 16) if jump else end
+        body = [text for address, text in made.code if start <= address <= end]
+        if start < end and any("MMA" in text for text in body):
+            lengths.append(len(body))
+    return min(lengths, default=0)
 
 
 def compile_linear(arch: int, function, weight: Weight, launch: dict) -> Compiled:
@@ -75,44 +111,65 @@ def compile_linear(arch: int, function, weight: Weight, launch: dict) -> Compile
     return compile_kernel(arch, function, options, blocks, types)
 
 
-def compile_attention(arch: int, function, kind: str, tile, stages, absent: str) -> Compiled:
+def compile_attention(
+    arch: int, function, kind: str, tile, stages, absent: str, mask=kernels.causal
+) -> Compiled:
     """Of 8 KV heads with 4 queries each; `absent` is the argument that is None."""
     constants = {"G": 8, "R": 4, "D": 128, "D_PAD": 128, "SPLIT": kernels.SPLIT, "TILE": tile}
+    jit = kernels.triton_kernels().jit
     constants[absent] = None
+    constants |= {"SEES": mask, "FIRST": None}
+    numbers = ()
+    if isinstance(mask, tuple):
+        numbers = (type(mask)(*[WHOLE] * len(mask)),)
+        constants["SEES"] = type(mask).__call__
+    constants["SEES"] = jit(constants["SEES"])
+    if hasattr(mask, "first"):
+        constants["FIRST"] = jit(type(mask).first)
     types = {"q": kind, "k_cache": kind, "v_cache": kind, "pos": "*i64", "parts": "*fp32"}
-    types |= {"y": kind, "scale": "fp32"}
-    types |= dict.fromkeys(("T", "L", "window"), WHOLE)
+    types |= {"y": kind, "scale": "fp32", "heads": "*i64", "mask": numbers}
+    types |= dict.fromkeys(("T", "L", "q_token", "q_head"), WHOLE)
     options = {"num_warps": 4, "num_stages": stages}
     return compile_kernel(arch, function, options, constants, types)
 
 
 def describe_product(made: Compiled) -> list:
-    """Loads ahead of their use and not, kinds of products, numbers side by side along k."""
+    """Loads ahead of their use and not, kinds of products, numbers side by side along k, length of
+    the loop."""
     loop = made.ptx[made.ptx.find("cp.async.wait") : made.ptx.rfind("mma")]
     kinds = set(re.findall(r"(wgmma.mma_async|mma).sync.aligned.m\d+n\d+(k\d+)", made.ptx))
     ahead = len(re.findall("cp.async.c[ag]", made.ptx))
     late = len(re.findall("ld.global", loop))
     widths = map(int, re.findall(r"kWidth = (\d+)", made.text))
     side_by_side = max(widths, default=2)  # none: it reads shared memory
-    return [ahead, late, ", ".join(" ".join(kind) for kind in kinds), side_by_side]
+    kinds = ", ".join(" ".join(kind) for kind in kinds)
+    return [ahead, late, kinds, side_by_side, length_of_loop(made)]
 
 
 def describe_kernels(arch: int) -> None:
     functions = kernels.triton_kernels()
-    kinds = {"bf16": (64, 2), "fp32": (32, 1)}  # tile and stages of attention
+    stages = 3 if arch == 90 else 2
+    kinds = {"bf16": (64, stages), "fp32": (32, 1)}  # tile and stages of attention
     weights = dict(WEIGHTS)
-    if arch > 89:  # fp32 uses no tensor cores, so its code is that of the other card
+    if arch != 89:  # fp32 uses no tensor cores, so its code is that of the other cards
         del kinds["fp32"], weights["fp32"]
     for name, weight in weights.items():
         for most, launch in LAUNCHES.items():
             made = compile_linear(arch, functions.linear, weight, launch)
-            print(arch, "linear", name, most, made.shared, *describe_product(made), sep="|")
+            row = (arch, "linear", name, most, made.shared, spilled(made))
+            print(*row, *describe_product(made), sep="|")
 
     for kind, (tile, stages) in kinds.items():
         for absent in "parts", "y", "k_cache":  # all at once, one split, the sum of splits
             made = compile_attention(arch, functions.attention, f"*{kind}", tile, stages, absent)
             how = f"no {absent}"
-            print(arch, "attention", kind, how, made.shared, *[""] * 4, sep="|")
+            row = (arch, "attention", kind, how, made.shared, spilled(made), *[""] * 4)
+            print(*row, length_of_loop(made), sep="|")
+
+    for mask in (masks.Sinks(4, 21), masks.odd_or_near) if arch == 89 else ():
+        made = compile_attention(arch, functions.attention, "*bf16", 64, 2, "parts", mask)
+        row = (arch, "attention", "bf16", "a fork's", made.shared, spilled(made), *[""] * 4)
+        print(*row, length_of_loop(made), sep="|")
 
 
 if __name__ == "__main__":

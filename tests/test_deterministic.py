@@ -20,10 +20,10 @@ from kernels import (
     FAST,
     BatchInvariant,
     LeafPacked,
+    SlidingWindow,
     add_leaves,
     causal,
     leaf_count,
-    sliding_window,
 )
 from model import Transformer
 from scripts import machine, sampler
@@ -454,7 +454,7 @@ class OtherRecipe(BatchInvariant):
 
 TWO_RECIPES = OtherRecipe(lambda cache, span: True)
 CAUSAL_FLAG = CausalFlag()
-WINDOW = sliding_window(20)
+WINDOW = SlidingWindow(20)
 shapes = pytest.mark.parametrize("heads, group, head_dim", [(2, 3, 64), (1, 4, 16), (3, 1, 16)])
 masks = pytest.mark.parametrize("mask_mod", [causal, WINDOW], ids=["causal", "window"])
 
@@ -512,7 +512,7 @@ def test_attention_telling(dtype, heads, group, head_dim, tell):
 @dtypes
 def test_attention_long(dtype, group, window):
     """Across the splits of 512 keys, one by one where it matters."""
-    case = Case(dtype, 2, group, 64, 620, sliding_window(window) if window else causal)
+    case = Case(dtype, 2, group, 64, 620, SlidingWindow(window) if window else causal)
     want, sizes = case.run(BATCH_INVARIANT), [500, *[1] * 30, 90]
     for pieces, extra in ((sizes, 0), ([200], 0), ([511, 1, 108], 512)):
         assert torch.equal(case.run(BATCH_INVARIANT, pieces, extra), want)

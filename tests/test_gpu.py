@@ -10,16 +10,15 @@ import pytest
 import torch
 
 import kernels
-from kernels import BATCH_INVARIANT, TritonPacked
+from kernels import BATCH_INVARIANT, SlidingWindow, TritonPacked, causal
 from model import Transformer
 from scripts import machine
 from scripts.loading import read_config
 
-pytest.importorskip("triton")
+masks = pytest.importorskip("tests.masks")  # where there is Triton
 pytestmark = pytest.mark.gpu
 CARD = torch.cuda.is_available()
 DEVICE = torch.device("cuda:0" if CARD else "cpu")
-FULL = 1 << 30  # a window of all keys
 ROWS = (1, 2, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1000)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 if not CARD:
@@ -93,20 +92,26 @@ def test_a_sum_in_fp32_has_the_same_bits_with_every_launch(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [FULL, 700] if CARD else [200])
+@pytest.mark.parametrize(
+    "mask_mod",
+    [causal, SlidingWindow(700), masks.Sinks(4, 700), masks.odd_or_near]
+    if CARD
+    else [SlidingWindow(200)],
+)
 @pytest.mark.parametrize(
     ("G", "R", "D"), [(2, 1, 64), (1, 3, 96), (2, 4, 128)] if CARD else [(1, 3, 16)]
 )
-def test_decode_and_chunks_have_the_bits_of_prefill(G, R, D, window, dtype):
+def test_decode_and_chunks_have_the_bits_of_prefill(G, R, D, mask_mod, dtype):
     B, T, L = (2, 1100, 1152) if CARD else (2, 530, 576)
     q, k, v = (randn(B, T, heads, D, dtype=dtype) for heads in (G * R, G, G))
     caches = [torch.zeros(B, G, L, D, device=DEVICE, dtype=dtype) for _ in "kv"]
     pos = torch.arange(T, device=DEVICE).expand(B, T)
+    mask = masks.on_gpu(mask_mod, G, R, DEVICE)
 
     def attend(start, end, rows=slice(0, B)):
         new = (x[rows, start:end] for x in (q, k, v))
         own = (cache[rows] for cache in caches)
-        return kernels.triton_attention(*new, *own, pos[rows, start:end], window, D**-0.5)
+        return kernels.triton_attention(*new, *own, pos[rows, start:end], *mask, D**-0.5)
 
     whole = attend(0, T)
     singles = (0, 63, 511, 512, 700, 1023, 1024, 1099)
@@ -120,7 +125,8 @@ def test_another_split_size_changes_bits(monkeypatch):
     """The negative control of the test above."""
     q, k, v = (randn(1, 1, 4, 64, dtype=torch.float32) for _ in range(3))
     caches = [randn(1, 4, 1152, 64, dtype=torch.float32) for _ in "kv"]
-    args = (q, k, v, *caches, torch.tensor([[1100]], device=DEVICE), FULL, 0.125)
+    mask = masks.on_gpu(causal, 4, 1, DEVICE)
+    args = (q, k, v, *caches, torch.tensor([[1100]], device=DEVICE), *mask, 0.125)
     want = kernels.triton_attention(*args)
     monkeypatch.setattr(kernels, "SPLIT", 256)
     assert not torch.equal(kernels.triton_attention(*args), want)
@@ -154,9 +160,10 @@ def compiled(function, **others):
 def test_compiled_and_captured_equal_eager():
     packed = TritonPacked(randn(512, 512, dtype=DTYPES[0]), None, 8)
     caches = [torch.zeros(1, 2, 1152, 64, device=DEVICE, dtype=DTYPES[0]) for _ in "kv"]
+    mask = masks.on_gpu(causal, 2, 4, DEVICE)
 
     def layer(q, k, v, pos):
-        y = kernels.triton_attention(q, k, v, *caches, pos, FULL, 0.125)
+        y = kernels.triton_attention(q, k, v, *caches, pos, *mask, 0.125)
         return kernels.gpu_rms_norm(packed(y).float(), packed.weight[0].float(), 1e-5)
 
     args = [randn(1, 1, heads, 64, dtype=DTYPES[0]) for heads in (8, 2, 2)]

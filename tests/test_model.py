@@ -36,7 +36,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from generate import Engine
-from kernels import BATCH_INVARIANT, FAST, causal, sliding_window
+from kernels import BATCH_INVARIANT, FAST, SlidingWindow, causal
 from model import Transformer, rope_table
 from scripts import machine
 from scripts.checkpoint import Refusal, open_weights
@@ -617,7 +617,7 @@ def by_head(b, h, q_idx, kv_idx):
     return (distance >= (h == 0)) & (distance < 5 + 13 * h) & ((b == 0) | (distance % 3 < 2))
 
 
-MASKS = {"causal": causal, "window": sliding_window(21), "by head and row": by_head}
+MASKS = {"causal": causal, "window": SlidingWindow(21), "by head and row": by_head}
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 

@@ -10,16 +10,12 @@ import pytest
 import torch
 
 import kernels
-from kernels import BATCH_INVARIANT, FAST, TritonPacked, add_leaves, causal, sliding_window
+from kernels import BATCH_INVARIANT, FAST, SlidingWindow, TritonPacked, add_leaves, causal
 
-pytest.importorskip("triton")
+masks = pytest.importorskip("tests.masks")  # where there is Triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Of the largest output. The interpreter rounds to bfloat16 by truncation: where that would count,
-# half precision stands for it.
+# Of the largest output. The interpreter rounds to bfloat16 by truncation.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 1e-3, torch.bfloat16: 1.5e-2}
-HALVES = (torch.float32, torch.float16)
-# Before Hopper, k of quantized weights is permuted, at every M alike, as test_codegen.py sees.
-ASCENDING = DEVICE == "cpu" or torch.cuda.get_device_capability() == (9, 0)
 BIG, TINY = 1024.0, 2.0**-15  # in fp32, BIG + TINY is BIG
 
 
@@ -93,46 +89,73 @@ def test_linear_against_fp64(M, N, K, leaves, bias, dtype):
     assert_close(packed(x.view(M, 1, 1, K)).view(M, N), want)
 
 
-def quantized(N, K, bits, group, with_zero):
-    """A random weight of TritonPacked's layout, what comes with it, and the fp32 weight that both
-    stand for."""
+def quantized(N, K, bits, group):
+    """A random weight of TritonPacked's layout, what comes with it, and the weight that both stand
+    for: a code of 4 bits is as many steps from the value of code 8, which is kept in bfloat16."""
     low, high = (0, 16) if bits == 4 else (-128, 128)
     codes = torch.randint(low, high, (N, K)).to(DEVICE)
-    scale = ((torch.rand(N, K // group) + 0.5).to(DEVICE) / high).bfloat16().float()
-    grid = {"scale": scale}
-    weight = codes.float()
-    if with_zero:
-        grid["zero"] = torch.randint(low, high, (N, K // group)).float().to(DEVICE)
-        weight = weight - grid["zero"].repeat_interleave(group, dim=1)
-    weight = weight * scale.repeat_interleave(group, dim=1)
+    scale = ((torch.rand(N, K // group) + 0.5).to(DEVICE) / high).bfloat16().double()
+    steps = scale.repeat_interleave(group, dim=1)
     if bits == 8:
-        return codes.to(torch.int8), grid, weight
-    return (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8), grid, weight
+        return codes.to(torch.int8), {"scale": scale.float()}, codes * steps
+    zero = (torch.rand(N, K // group) * 15).half().double().to(DEVICE)
+    middle = (scale * (8 - zero)).float().bfloat16().double()
+    weight = (codes - 8) * steps + middle.repeat_interleave(group, dim=1)
+    pairs = (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
+    return pairs, {"scale": scale.float(), "zero": zero.float()}, weight
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
-    ("bits", "group", "leaves", "with_zero"),
-    [
-        (8, 256, 1, False),
-        (8, 256, 2, False),
-        (8, 256, 8, False),
-        (4, 32, 2, True),
-        (4, 64, 1, True),
-        (4, 128, 2, True),
-    ],
+    ("bits", "group", "leaves"),
+    [(8, 256, 1), (8, 256, 2), (8, 256, 8), (4, 32, 2), (4, 64, 1), (4, 128, 2)],
 )
-def test_quantized_linear_is_the_linear_of_its_weight(bits, group, leaves, with_zero, dtype):
-    codes, grid, weight = quantized(70, 256, bits, group, with_zero)
+def test_quantized_linear_is_the_linear_of_its_weight(bits, group, leaves, dtype):
+    codes, grid, weight = quantized(70, 256, bits, group)
     for M in (1, 18, 70):
         x, bias = randn(M, 256, dtype=dtype), randn(70, dtype=dtype)
         y = TritonPacked(codes, bias, leaves, **grid)(x)
-        rounded = (
-            weight.to(dtype) if bits == 4 else weight
-        )  # 8 bits are scaled after their sum, in fp32
+        # 8 bits are scaled after their sum, in fp32; 4 bits are rounded once, to the dtype of x.
+        rounded = weight.to(dtype) if bits == 4 else weight
         assert_close(y, x.double() @ rounded.double().T + bias.double())
-        if bits == 4 and (ASCENDING or dtype == torch.float32):
+        if bits == 4:
             assert same(y, TritonPacked(weight.to(dtype), bias, leaves)(x))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_codes_of_8_bits_are_exact(dtype):
+    """Each that there is, in each place of a word."""
+    codes = torch.arange(-128, 128, device=DEVICE).repeat(8, 1)
+    codes = torch.stack([row.roll(i) for i, row in enumerate(codes)]).to(torch.int8)
+    ones = torch.ones(8, 1, device=DEVICE)
+    x = torch.eye(256, device=DEVICE, dtype=dtype)
+    assert same(TritonPacked(codes, scale=ones)(x), codes.T.to(dtype))
+
+
+def test_4_bits_are_a_thirtieth_of_a_step_from_what_they_stand_for_at_most():
+    """In fp32, which shows the rounding of what comes with them alone."""
+    codes, grid, _ = quantized(32, 256, 4, 32)
+    scale, zero = (x.double().repeat_interleave(32, dim=1) for x in grid.values())
+    exact = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+    x = torch.eye(256, device=DEVICE)
+    error = (TritonPacked(codes, **grid)(x).T - (exact - zero) * scale).abs() / scale
+    assert 0 < error.max() < 0.03
+
+
+def test_few_programs_read_further_ahead(monkeypatch):
+    """Of up to 16 rows. Programs of the same weight stand side by side."""
+    launched = []
+
+    class Linear:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append((grid, options["num_stages"]))
+
+    monkeypatch.setattr(kernels, "triton_kernels", lambda: SimpleNamespace(linear=Linear()))
+    for N, M, leaves in ((64 * 132, 16, 1), (64 * 133, 1, 1), (64 * 33, 1, 8), (64, 17, 1)):
+        TritonPacked(torch.empty(N, 32 * leaves), None, leaves)(torch.empty(M, 32 * leaves))
+    TritonPacked(torch.empty(256, 32))(torch.empty(300, 32))
+    assert launched[:2] == [((1, 132, 1), 7), ((1, 133, 1), 4)]
+    assert launched[2:] == [((1, 33, 8), 4), ((1, 1, 1), 4), ((3, 2, 1), 3)]
 
 
 def sums_of_leaves(values):
@@ -219,22 +242,26 @@ def attention_case(pos, T, G, group, D, L, dtype=torch.float32):
     return q, k, v, *caches, pos_BT
 
 
-def run(case, window=(1 << 30)):
+def run(case, mask_mod=causal, ops=FAST):
     q, k, v, k_cache, v_cache, pos = case
     caches = k_cache.clone(), v_cache.clone()
-    return kernels.triton_attention(q, k, v, *caches, pos, window, q.shape[3] ** -0.5)
+    G = k.shape[2]
+    mask = masks.on_gpu(mask_mod, G, q.shape[2] // G, DEVICE, ops)
+    return kernels.triton_attention(q, k, v, *caches, pos, *mask, q.shape[3] ** -0.5)
 
 
-def attention_in_fp64(case, window):
+def attention_in_fp64(case, mask_mod):
     q, k, v, k_cache, v_cache, pos = (x.double() if x.is_floating_point() else x for x in case)
     kernels.write_cache(k, v, k_cache, v_cache, pos)
     group, end = q.shape[2] // k.shape[2], int(pos.max()) + 1
     keys, values = (
         x[:, :, :end].nan_to_num().repeat_interleave(group, dim=1) for x in (k_cache, v_cache)
     )
-    back = pos[:, None, :, None] - torch.arange(end, device=DEVICE)
+    b, h = (torch.arange(n, device=DEVICE) for n in (len(q), q.shape[2]))
+    kv_idx = torch.arange(end, device=DEVICE)
+    keep = mask_mod(b.view(-1, 1, 1, 1), h.view(-1, 1, 1), pos[:, None, :, None], kv_idx)
     scores = q.transpose(1, 2) @ keys.mT * q.shape[3] ** -0.5
-    scores = scores.masked_fill((back < 0) | (back >= window), -math.inf)
+    scores = scores.masked_fill(~keep, -math.inf)
     return (scores.softmax(-1) @ values).transpose(1, 2).flatten(2)
 
 
@@ -248,19 +275,74 @@ CASES = {
 }
 
 
+SINKS = masks.Sinks(first_tokens=4, window=21)
+
+
 @pytest.mark.parametrize(
-    ("window", "dtype"),
+    ("mask_mod", "dtype"),
     [
-        (1 << 30, torch.float32),
-        (21, torch.float32),
-        (600, torch.float32),
-        (600, torch.bfloat16),
+        (causal, torch.float32),
+        (SlidingWindow(21), torch.float32),
+        (SlidingWindow(600), torch.float32),
+        (SlidingWindow(600), torch.bfloat16),
+        (SINKS, torch.float32),
+        (masks.odd_or_near, torch.float32),
     ],
 )
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_attention_against_fp64(case, window, dtype):
+def test_attention_against_fp64(case, mask_mod, dtype):
     case = attention_case(*case, dtype)
-    assert_close(run(case, window), attention_in_fp64(case, window))
+    assert_close(run(case, mask_mod), attention_in_fp64(case, mask_mod))
+
+
+@pytest.mark.parametrize("ops", [FAST, BATCH_INVARIANT], ids=["fast", "exact"])
+@pytest.mark.parametrize("mask_mod", [SlidingWindow(21), SINKS, masks.odd_or_near])
+def test_a_mask_has_the_bits_of_a_dense_one(mask_mod, ops):
+    """Which PyTorch has made of the same source. A window skips what is behind it."""
+    for case in ([5, 511, 1030], 1, 2, 3, 32, 1088), ([500], 70, 1, 2, 16, 640):
+        B, G, R, length = len(case[0]), case[2], case[3], case[5]
+        case = attention_case(*case)
+        got = run(case, mask_mod, ops)
+        tables = [masks.dense(other, B, G * R, length) for other in (mask_mod, causal)]
+        want, other = (run(case, masks.Table(x.to(DEVICE), G * R, length), ops) for x in tables)
+        assert same(got, want) and not same(got, other)
+
+
+def test_queries_are_read_where_they_lie():
+    """Among keys, as a model has them, or each head apart."""
+    q, k, v, *others = case = attention_case([5, 37], 9, 2, 3, 16, 64)
+    want = run(case)
+    among = torch.cat((q, k), dim=2).split((6, 2), dim=2)
+    apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert not among[0].is_contiguous() and not apart[0].is_contiguous()
+    assert same(run((*among, v, *others)), want)
+    assert same(run((*apart, *others)), want)
+    first = [x[:1] for x in (*apart, *others)]
+    assert same(run(first), want[:1])
+
+
+def test_masks_of_one_kind_are_one_kernel(monkeypatch):
+    """They differ in numbers that it is given; masks of two kinds do not."""
+    kernel = kernels.triton_kernels()
+    seen = []
+
+    class Attention:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                seen.append((args[7], args[13:15]))
+                return kernel.attention[grid](*args, **options)
+
+            return launch
+
+    watched = SimpleNamespace(attention=Attention(), jit=kernel.jit)
+    monkeypatch.setattr(kernels, "triton_kernels", lambda: watched)
+    case = attention_case(*CASES["one token"])
+    kinds = [SlidingWindow(21), SlidingWindow(64), masks.Sinks(21, 64), masks.odd_or_near]
+    for mask_mod in kinds:
+        run(case, mask_mod)
+    numbers, functions = zip(*seen, strict=True)
+    assert numbers == (((21,),), ((64,),), ((21, 64),), ())
+    assert functions[0] == functions[1] and len(set(functions)) == 3
 
 
 def piece(case, rows, tokens):
@@ -273,17 +355,20 @@ def piece(case, rows, tokens):
     return *new, k_cache[rows], v_cache[rows], pos[rows, tokens]
 
 
-@pytest.mark.parametrize(("G", "group", "window"), [(2, 1, 530), (1, 3, 1 << 30), (1, 4, 21)])
-def test_decode_verify_and_chunks_have_the_bits_of_prefill(G, group, window):
+@pytest.mark.parametrize(
+    ("G", "group", "mask_mod"),
+    [(2, 1, SlidingWindow(530)), (1, 3, causal), (1, 4, SlidingWindow(21)), (1, 2, SINKS)],
+)
+def test_decode_verify_and_chunks_have_the_bits_of_prefill(G, group, mask_mod):
     case = attention_case([490, 958], 72, G, group, 16, 1088)
-    whole = run(case, window)
+    whole = run(case, mask_mod)
     both = slice(0, 2)
     first, second = slice(0, 1), slice(1, 2)
     pieces = [(both, t, t + 1) for t in (0, 21, 22, 53, 71)]  # 511 and 512 among them, and 1011
     pieces += [(second, 65, 66), (second, 66, 67), (both, 20, 25), (second, 60, 69)]
     pieces += [(first, 3, 72), (both, 0, 70), (second, 5, 72)]
     for rows, start, end in pieces:
-        part = run(piece(case, rows, slice(start, end)), window)
+        part = run(piece(case, rows, slice(start, end)), mask_mod)
         assert same(part, whole[rows, start:end]), (rows, start, end)
 
 
@@ -306,25 +391,12 @@ def test_both_ways_through_attention_were_taken(monkeypatch):
             taken.append(grid)
             return kernel.attention[grid]
 
-    monkeypatch.setattr(kernels, "triton_kernels", lambda: SimpleNamespace(attention=Attention()))
+    watched = SimpleNamespace(attention=Attention(), jit=kernel.jit)
+    monkeypatch.setattr(kernels, "triton_kernels", lambda: watched)
     run(attention_case([958], 72, 1, 3, 16, 1088))
     assert taken == [(4, 1, 1)]
     run(attention_case([958], 9, 1, 3, 16, 1088))
     assert taken[1:] == [(1, 1, 3), (1, 1, 1)]
-
-
-def test_on_a_gpu_only_windows_can_be_masks():
-    pos = SimpleNamespace(is_cuda=True)
-    others = (pos, 64, None, None)
-    for ops in (FAST, BATCH_INVARIANT):
-        assert ops.mask(causal, *others) == 1 << 30
-        assert ops.mask(sliding_window(21), *others) == 21
-
-    def another(b, h, q_idx, kv_idx):
-        return q_idx >= kv_idx
-
-    with pytest.raises(kernels.InputError, match="needs a sliding_window, not .*another"):
-        BATCH_INVARIANT.mask(another, *others)
 
 
 # ---- one row at a time
@@ -354,9 +426,10 @@ def test_log_softmax_against_fp64(n):
 def test_compiled_graphs_call_the_kernels_whole():
     packed = TritonPacked(randn(48, 48), None, 1)
     case = attention_case([3], 5, 1, 3, 16, 64)
+    mask = masks.on_gpu(causal, 1, 3, DEVICE)
 
     def layer(q, k, v, k_cache, v_cache, pos):
-        y = kernels.triton_attention(q, k, v, k_cache, v_cache, pos, (1 << 30), 0.25)
+        y = kernels.triton_attention(q, k, v, k_cache, v_cache, pos, *mask, 0.25)
         return kernels.gpu_rms_norm(packed(y), packed.weight[0], 1e-5)
 
     want = layer(*(x.clone() for x in case))
