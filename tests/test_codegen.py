@@ -36,12 +36,12 @@ def rows_of(script, *cards):
 LONGEST = {"bf16": 80, "int8": 300, "int4": 300}
 
 
-@pytest.mark.parametrize("card", [80, 89, 90])
+@pytest.mark.parametrize("card", [pytest.param(80, marks=pytest.mark.slow), 89, 90])
 def test_kernels_compile_for_real_cards(card):
     """For an A100, an L4 and an H100: they fit the shared memory of the smallest, and registers;
     what a product reads is on its way before it is wanted, its loop is short, and at every number
     of rows it is added by one kind of instruction in ascending k."""
-    rows = rows_of("compile_triton.py", 80, 89, 90)[card]
+    rows = rows_of("compile_triton.py", card)[card]
     # Of one of them also fp32, and two masks that a fork might write.
     assert len(rows) == (4 * 4 + 2 * 3 + 2 if card == 89 else 3 * 4 + 3)
     for kernel, name, which, shared, spilled, ahead, late, kinds, width, length in rows:
@@ -56,14 +56,17 @@ def test_kernels_compile_for_real_cards(card):
             assert which[:2] != "16" or 0 < int(length) <= LONGEST[name], (name, length)
 
 
-@pytest.mark.parametrize("card", [80, 89, 90])
+SLOW_CARDS = [pytest.param(card, marks=pytest.mark.slow) for card in (80, 89)]
+
+
+@pytest.mark.parametrize("card", [*SLOW_CARDS, 90])
 def test_compiled_code_divides_and_rounds_as_eager_code_does(card):
     """Eager code divides exactly and rounds each product. The negative controls are the settings
     left out."""
     divisions = collections.defaultdict(list)
     fused = collections.Counter()
     kernels = collections.Counter()
-    for setting, _, kinds, count in rows_of("compile_inductor.py", 80, 89, 90)[card]:
+    for setting, _, kinds, count in rows_of("compile_inductor.py", card)[card]:
         kernels[setting] += 1
         fused[setting] += int(count)
         if kinds:

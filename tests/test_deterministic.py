@@ -836,10 +836,10 @@ def build(folder, ops, dtype, name="2 KV heads"):
     return model
 
 
-KINDS = [("2 KV heads", dtype) for dtype in DTYPES]
-KINDS += [("3 KV heads, biases", FP32), ("3 KV heads, biases", BF16), ("window", FP16)]
-KINDS += [("mixture", FP32)]
-KINDS += [(mode, dtype) for mode in ("int8", "int4") for dtype in (BF16, FP32)]
+KINDS = [("2 KV heads", BF16), ("2 KV heads", FP32), ("3 KV heads, biases", BF16), ("window", FP16)]
+KINDS += [("mixture", FP32), ("int8", BF16), ("int4", BF16)]
+MORE = [("2 KV heads", FP16), ("3 KV heads, biases", FP32), ("int8", FP32), ("int4", FP32)]
+KINDS += [pytest.param(*kind, marks=pytest.mark.slow) for kind in MORE]
 kinds = pytest.mark.parametrize("name, dtype", KINDS, ids=str)
 
 

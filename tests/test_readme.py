@@ -111,6 +111,13 @@ def run(command: str, tree: Path) -> None:
     assert "Traceback" not in done.stderr and done.stdout + done.stderr, command
 
 
+def test_the_commands_of_the_readme_run(tree):
+    for command in commands_of(ROOT / "README.md"):
+        if command not in ELSEWHERE and not is_slow(command):
+            run(command, tree)
+
+
+@pytest.mark.slow
 def test_every_quick_command_runs(tree):
     """In the order of the pages, as one makes the file that the next one reads."""
     for command in COMMANDS:

@@ -352,7 +352,7 @@ def one(folder):
     return found
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[3, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8))])
 def several(request, folder, ranks):
     """(what that many processes answer, how many)."""
     statuses, printed = ranks.run(request.param, "work")
