@@ -151,7 +151,7 @@ def describe_kernels(arch: int) -> None:
     stages = 3 if arch == 90 else 2
     kinds = {"bf16": (64, stages), "fp32": (32, 1)}  # tile and stages of attention
     weights = dict(WEIGHTS)
-    if arch != 89:  # fp32 uses no tensor cores, so its code is that of the other cards
+    if arch != 90:  # fp32 uses no tensor cores, so its code is that of the other cards
         del kinds["fp32"], weights["fp32"]
     for name, weight in weights.items():
         for most, launch in LAUNCHES.items():
@@ -166,7 +166,7 @@ def describe_kernels(arch: int) -> None:
             row = (arch, "attention", kind, how, made.shared, spilled(made), *[""] * 4)
             print(*row, length_of_loop(made), sep="|")
 
-    for mask in (masks.Sinks(4, 21), masks.odd_or_near) if arch == 89 else ():
+    for mask in (masks.Sinks(4, 21), masks.odd_or_near) if arch == 90 else ():
         made = compile_attention(arch, functions.attention, "*bf16", 64, 2, "parts", mask)
         row = (arch, "attention", "bf16", "a fork's", made.shared, spilled(made), *[""] * 4)
         print(*row, length_of_loop(made), sep="|")

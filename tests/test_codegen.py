@@ -36,14 +36,17 @@ def rows_of(script, *cards):
 LONGEST = {"bf16": 80, "int8": 300, "int4": 300}
 
 
-@pytest.mark.parametrize("card", [pytest.param(80, marks=pytest.mark.slow), 89, 90])
+SLOW_CARDS = [pytest.param(card, marks=pytest.mark.slow) for card in (80, 89)]
+
+
+@pytest.mark.parametrize("card", [*SLOW_CARDS, 90])
 def test_kernels_compile_for_real_cards(card):
     """For an A100, an L4 and an H100: they fit the shared memory of the smallest, and registers;
     what a product reads is on its way before it is wanted, its loop is short, and at every number
     of rows it is added by one kind of instruction in ascending k."""
     rows = rows_of("compile_triton.py", card)[card]
     # Of one of them also fp32, and two masks that a fork might write.
-    assert len(rows) == (4 * 4 + 2 * 3 + 2 if card == 89 else 3 * 4 + 3)
+    assert len(rows) == (4 * 4 + 2 * 3 + 2 if card == 90 else 3 * 4 + 3)
     for kernel, name, which, shared, spilled, ahead, late, kinds, width, length in rows:
         most = 227 if card == 90 and kernel == "attention" else 99
         assert int(shared) <= most << 10, (kernel, name, which, shared)
@@ -54,9 +57,6 @@ def test_kernels_compile_for_real_cards(card):
             assert kinds == want, (name, which, kinds)
             assert int(width) == 2, (name, which, width)
             assert which[:2] != "16" or 0 < int(length) <= LONGEST[name], (name, length)
-
-
-SLOW_CARDS = [pytest.param(card, marks=pytest.mark.slow) for card in (80, 89)]
 
 
 @pytest.mark.parametrize("card", [*SLOW_CARDS, 90])

@@ -469,6 +469,6 @@ def test_runs_divide_the_layers(tmp_path, monkeypatch):
         directory.mkdir()
         model, _ = load(write_checkpoint(directory, num_hidden_layers=count))
         seen.clear()
-        views, cache = [(None, None, None, 1)] * count, [None] * count
+        views, cache = [(None, None, None, (1, None))] * count, [None] * count
         machine.compiled(model, sizes)(model.layers, None, views, cache)
         assert seen == runs

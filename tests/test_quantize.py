@@ -827,6 +827,7 @@ def test_a_run_after_a_killed_one_removes_what_that_left(tmp_path):
     end = time.monotonic() + 60
     while len(list(tmp_path.glob(".*.unfinished"))) < 2 and time.monotonic() < end:
         time.sleep(0.001)
+    time.sleep(0.1)  # by then they have locked them
     stopped.send_signal(signal.SIGSTOP)
     killed.kill()
     killed.wait()

@@ -551,6 +551,7 @@ def test_refused(folders, flags, word):
         generate.main(["--checkpoint_path", str(folders[0]), "--prompt", "a", *flags])
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled(folders, capsys):
     """A draft and its model, of one shape, in one process: each computes with its own weights, so
