@@ -232,8 +232,8 @@ def set_up(model, compile_decode: bool, compile_prefill: bool) -> None:
     if compile_decode:
         logits = compiled_copy(type(model).logits, model)
         model.decode_logits = logits.__get__(model)
-        model.decode = compiled(model, [5, 6, 4])
-        model.verify = compiled(model, [5, 6, 4])
+        model.decode = compiled(model, [3, 4, 2])
+        model.verify = compiled(model, [3, 4, 2])
         capturable = all(block.capturable for block in model.layers)
         model.graphed = model.device.type == "cuda" and capturable
 
