@@ -15,6 +15,21 @@ if not torch.cuda.is_available():
 
 from scripts import download  # noqa: E402
 
+# Files that take longest, of few tests and of many: begun last, one of them would run alone.
+# pytest-xdist, if it is there, would begin with those of most tests.
+LONG = (
+    "deterministic tp download codegen speculation changes published triton families_exact".split()
+)
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):

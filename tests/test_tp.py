@@ -352,10 +352,10 @@ def one(folder):
     return found
 
 
-MANY = [pytest.param(n, marks=pytest.mark.slow) for n in (4, 8)]
+MANY = [pytest.param(n, marks=pytest.mark.slow) for n in (2, 4, 8)]
 
 
-@pytest.fixture(scope="module", params=[2, 3, *MANY])
+@pytest.fixture(scope="module", params=[3, *MANY])
 def several(request, folder, ranks):
     """(what that many processes answer, how many)."""
     statuses, printed = ranks.run(request.param, "work")
