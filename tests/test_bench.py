@@ -499,6 +499,7 @@ def work(*args):
 """
 
 
+@pytest.mark.slow
 def test_a_slower_checkout_is_seen(config, tmp_path, monkeypatch, capsys):
     """A copy of the tree, whose steps all wait."""
     other = tmp_path / "other"

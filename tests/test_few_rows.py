@@ -110,7 +110,7 @@ def step(model, cache) -> torch.Tensor:
 
 
 @needs_compiler
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [None, pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_a_compiled_step_calls_no_library_for_floats_and_codes(tmp_path, monkeypatch, mode):
     """Its logits are those of eager code. The control: without what one row takes, it asks for
     packed weights by their handles."""

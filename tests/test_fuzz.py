@@ -11,7 +11,7 @@ import pytest
 from scripts import machine, requests
 from scripts.files import Refusal
 
-COUNT, SECONDS = 80, 45
+COUNT, SECONDS = 50, 45
 
 
 @pytest.fixture(scope="module")

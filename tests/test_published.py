@@ -318,6 +318,7 @@ def test_deterministic(made, capsys, name):
     assert text_of(capsys, converted, "--deterministic", "--precision", "fp32") != alone
 
 
+@pytest.mark.slow
 def test_three_ranks(made, tmp_path):
     """The bits of one process."""
     flags = ["--device", "cpu", "--json", "--deterministic", "--prompt", "The fox", "--seed", 3]

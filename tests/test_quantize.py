@@ -487,6 +487,7 @@ def test_drafts_change_no_bits(checkpoint_path, mode, monkeypatch):
     assert speculated(model, HalfRight(want, 3))[0] != want
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_graphs_change_no_bits(tmp_path):
     """Of steps; those of prefill and drafts, and int4, are in test_mixture.py."""

@@ -92,6 +92,7 @@ def test_what_shows_a_claim_is_there():
         assert f"def {test}" in (ROOT / path).read_text(), name
 
 
+@pytest.mark.slow
 def test_the_experiments_run(tmp_path):
     """All in one process, as they are; what they count depends on the machine."""
     blocks = EXPERIMENT.findall((ROOT / "docs" / "numerics.md").read_text())

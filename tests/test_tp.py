@@ -567,6 +567,7 @@ def test_drafts_in_a_chat_and_their_scores(folder, ranks, capsys, tmp_path, more
     assert printed_by_one(capsys, *plain, "--score", out) == want
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_torchrun_compiled(folder, capsys):
     """Two ranks that compile, quantized and in a batch, against one process that does not."""
