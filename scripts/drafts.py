@@ -2,6 +2,8 @@
 
 import torch
 
+FED = 2  # tokens that a draft model is fed first: the last but one may be a draft nobody has fed
+
 
 def agreement(a: list[int], b: list[int]) -> int:
     """How many ids two texts begin with alike."""
@@ -79,7 +81,10 @@ class DraftModel:
 
     def propose(self, slots: list, sampler) -> list[list[int]] | None:
         """k drafts a slot. None where a text outgrows the context of the smaller model."""
-        engine, texts = self.engine, [within(c.ids, self.own_size) if c else [0, 0] for c in slots]
+        engine, texts = (
+            self.engine,
+            [within(c.ids, self.own_size) if c else [0] * FED for c in slots],
+        )
         longest = max(map(len, texts)) + self.k
         if longest > engine.model.config.max_position_embeddings:
             return None
@@ -88,11 +93,11 @@ class DraftModel:
             self.fed = [[] for _ in slots]
         for slot, ids in enumerate(texts):
             start = agreement(self.fed[slot], ids)
-            if slots[slot] and start < len(ids) - 2:
-                engine.prefill(ids[:-2], slot, start)
+            if slots[slot] and start < len(ids) - FED:
+                engine.prefill(ids[:-FED], slot, start)
         sampler = sampler.fork()
         drafts = []
-        tokens = [ids[-2:] for ids in texts]  # the last but one may be a draft that nobody has fed
+        tokens = [ids[-FED:] for ids in texts]
         for i in range(self.k):  # all on the device, which nobody waits for
             starts = [len(ids) + i - len(tokens[0]) for ids in texts]
             tokens = engine.step(tokens, starts, sampler)[0][:, -1:]

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scripts import hardware, outputs
+from scripts import drafts, hardware, outputs
 from scripts.checkpoint import Refusal
 from scripts.requests import Request
 from scripts.sampler import Sampler
@@ -329,11 +329,13 @@ def warm_up(engine, row: Request) -> float:
     sampler = Sampler([row] * batch, engine.model.device)
     engine.prefill([0] * 5, 0)
 
-    def step(tokens: int) -> None:
+    def step(engine, tokens: int) -> None:
         engine.step([[0] * tokens] * batch, [0] * batch, sampler)[0].tolist()
 
-    one = min(timeit.repeat(lambda: step(1), repeat=3, number=1))
-    several = min(timeit.repeat(lambda: step(engine.k + 1), repeat=3, number=1))
+    if isinstance(engine.drafter, drafts.DraftModel):
+        step(engine.drafter.engine, drafts.FED)
+    one = min(timeit.repeat(lambda: step(engine, 1), repeat=3, number=1))
+    several = min(timeit.repeat(lambda: step(engine, engine.k + 1), repeat=3, number=1))
     return several / one - 1
 
 

@@ -383,6 +383,28 @@ def tiny(tmp_path_factory):
 ENDLESS = Request(0, "", [9, 20, 30], max_new_tokens=30, temperature=0.0, ignore_eos=True)
 
 
+@pytest.mark.parametrize("flags", [["--draft_quantize", "int8"], ["--prompt_lookup"]], ids=str)
+def test_all_that_is_compiled_is_warm(tmp_path, monkeypatch, flags):
+    """A run feeds no model a number of tokens that was not tried while the engine was built: each
+    has code, and on a GPU a graph, of its own."""
+    fed = []
+    own = Engine.step
+
+    def step(self, tokens, *more):
+        fed.append((self.drafter is None, len(tokens[0])))
+        return own(self, tokens, *more)
+
+    monkeypatch.setattr(Engine, "step", step)
+    directory = write_checkpoint(tmp_path, num_hidden_layers=1)
+    argv = ["--checkpoint_path", str(directory), "--deterministic", "--speculate_k", "3"]
+    args = generate.cli.parse_args([*argv, *flags])
+    engine = generate.build(args, *generate.load(args), 60)
+    warm = set(fed)
+    fed.clear()
+    complete(engine, replace(ENDLESS, prompt_ids=[9, 20, 30] * 3))
+    assert set(fed) and set(fed) <= warm
+
+
 def complete(engine, request):
     for completion, _ in engine.generate([request]):
         if completion.finish_reason:
