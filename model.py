@@ -85,7 +85,7 @@ class Linear(Layer):
         config = config or model.config
         if config.quantization == "int4" and in_features % config.group_size:
             group = f"group_size {config.group_size} does not divide {in_features} inputs"
-            raise InputError(f"{group}, choose from 32, 64, 128")
+            raise InputError(f"{group}, choose one of 32, 64, 128 that does")
         stored = config.quantization if config.stored else None
         kinds = quantize.quantized(stored, torch.zeros(1, in_features), config.group_size)
         if bias:

@@ -73,6 +73,19 @@ def test_a_few_rows_of_int8(dtype, shape):
         assert error(y, x, floats, bias) < codes + 8 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("mode", [None, "int8"])
+def test_a_part_of_a_sum_stays_in_fp32(monkeypatch, mode):
+    """Where other ranks have the rest: rounded first, the parts of a sum would err more."""
+    layer, floats, _ = packed(mode, bias=False, dtype=torch.bfloat16)
+    layer.partial = True
+    layer = few_rows.prepared(layer, torch.bfloat16, one_slot=True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    x = randn(1, 128).bfloat16()
+    y = layer.forward(x)
+    assert y.dtype == torch.float32 and error(y, x, floats, None) < 1e-5
+    assert error(y.bfloat16(), x, floats, None) > 1e-4  # the control
+
+
 @pytest.mark.parametrize("amx", [True, False])
 def test_codes_out_of_both_kernels(monkeypatch, amx):
     for module in (quantize, few_rows):
