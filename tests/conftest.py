@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     # Before Triton is imported: without a GPU its kernels run in NumPy.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from scripts import download  # noqa: E402
+from scripts import download, machine  # noqa: E402
 
 # Files that take longest, of few tests and of many: begun last, one of them would run alone.
 # pytest-xdist, if it is there, would begin with those of most tests.
@@ -36,6 +36,17 @@ def pytest_runtest_setup(item):
     """One thread, before the first fixture is made: tiny products gain nothing from a second one,
     and all wait long for it where the machine is shared, by five times for the default model."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def known_bandwidth(monkeypatch, request):
+    """To measure it takes longer than most runs here. Those that are processes do measure it."""
+
+    def read_bandwidth(device):
+        return 12e9
+
+    if "bandwidth" not in request.node.name:
+        monkeypatch.setattr(machine, "read_bandwidth", read_bandwidth)
 
 
 @pytest.fixture(scope="session")

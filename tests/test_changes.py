@@ -31,6 +31,7 @@ def run_script(patch, work):
     return subprocess.run(command, cwd=work, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATCHES)
 def test_change(name, tmp_path):
     patch, before, after = PATCHES[name], tmp_path / "before", tmp_path / "after"

@@ -28,7 +28,7 @@ from helpers import (
 from safetensors.torch import load_file, save_file
 
 import generate
-from scripts import chat, cli, machine, requests
+from scripts import chat, cli, requests
 from scripts.requests import Completion, Request
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,16 +51,6 @@ def tiny(tmp_path_factory):
 def copy(tiny, tmp_path):
     """A checkpoint that a test may spoil."""
     return shutil.copytree(tiny, tmp_path / "copy")
-
-
-@pytest.fixture(autouse=True)
-def known_bandwidth(monkeypatch):
-    """To measure it takes longer than most runs here. Those that are processes do measure it."""
-
-    def read_bandwidth(device):
-        return 12e9
-
-    monkeypatch.setattr(machine, "read_bandwidth", read_bandwidth)
 
 
 def run_json(capsys, *argv):

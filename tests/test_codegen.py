@@ -36,10 +36,8 @@ def rows_of(script, *cards):
 LONGEST = {"bf16": 80, "int8": 300, "int4": 300}
 
 
-SLOW_CARDS = [pytest.param(card, marks=pytest.mark.slow) for card in (80, 89)]
-
-
-@pytest.mark.parametrize("card", [*SLOW_CARDS, 90])
+@pytest.mark.slow
+@pytest.mark.parametrize("card", [80, 89, 90])
 def test_kernels_compile_for_real_cards(card):
     """For an A100, an L4 and an H100: they fit the shared memory of the smallest, and registers;
     what a product reads is on its way before it is wanted, its loop is short, and at every number
@@ -59,7 +57,8 @@ def test_kernels_compile_for_real_cards(card):
             assert which[:2] != "16" or 0 < int(length) <= LONGEST[name], (name, length)
 
 
-@pytest.mark.parametrize("card", [*SLOW_CARDS, 90])
+@pytest.mark.slow
+@pytest.mark.parametrize("card", [80, 89, 90])
 def test_compiled_code_divides_and_rounds_as_eager_code_does(card):
     """Eager code divides exactly and rounds each product. The negative controls are the settings
     left out."""

@@ -11,7 +11,7 @@ from helpers import write_checkpoint, write_json
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import generate
-from scripts import cli, defaults, machine
+from scripts import cli, defaults
 from scripts.checkpoint import Refusal
 from scripts.requests import Request
 
@@ -24,11 +24,6 @@ OWN["repetition_penalty"] = 1.3
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def known_bandwidth(monkeypatch):
-    monkeypatch.setattr(machine, "read_bandwidth", lambda device: 12e9)
 
 
 @pytest.fixture

@@ -906,7 +906,7 @@ def test_interrupted(tmp_path, peer, source):
     assert_one_line(process, tmp_path, "interrupted")
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", ["hub", pytest.param("pip", marks=pytest.mark.slow)])
 def test_killed_while_it_waits(tmp_path, peer, source):
     """What it has started dies with it; the next run removes what is left, but not what belongs to
     a run that is alive, and works."""

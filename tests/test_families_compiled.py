@@ -10,13 +10,11 @@ from test_quantize import load
 from scripts import activations, machine
 from scripts.contract import HalfRight
 
-pytestmark = needs_compiler
+pytestmark = [needs_compiler, pytest.mark.slow]
 LAYERS = {"smollm3": 2, "olmo3": 2, "gemma3": 2}
-QUICK = ("gemma3",)  # which has most of what the others have
-NAMES = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in EXACT]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EXACT)
 def test_graphs_change_no_bits(tmp_path, name):
     """In int4; of Granite also those of rounds with drafts."""
     path = checkpoint(tmp_path, name, num_hidden_layers=LAYERS.get(name, 1))

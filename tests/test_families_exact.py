@@ -38,6 +38,8 @@ EXACT = {
 }
 MODES = {"int4": ["--quantize", "int4"], "fp32": ["--precision", "fp32"]}
 names = pytest.mark.parametrize("name", EXACT)
+QUICK = ("smollm3", "gemma3")  # which have most of what the others have
+RANKED = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in EXACT]
 
 
 def checkpoint(folder, name, **changes):
@@ -129,7 +131,7 @@ def asked(folder, name, *more):
     return [*flags, "--ignore_eos", "--max_new_tokens", "6", *more]
 
 
-@names
+@pytest.mark.parametrize("name", RANKED)
 def test_two_ranks_say_what_one_does(folder, ranks, capsys, name):
     """In a batch and in chunks. The negative control is the flag off, in fp32."""
     together = ["--batch_size", "2", "--prefill_chunk", "7"]

@@ -435,6 +435,7 @@ def logits_of_steps(model):
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("alike", [False, True], ids=["by kind", "taken for alike"])
 def test_layers_that_differ_have_code_of_their_own(dynamo, tmp_path, monkeypatch, alike):
     """Layers that differ in a plain attribute are not taken for alike, and those that do not are

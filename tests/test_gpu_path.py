@@ -134,7 +134,7 @@ def gpu_sh(*argv, **environment):
 
 
 def test_steps_that_would_begin_too_late_wait(tmp_path):
-    """All that there are, in their order but for those that begin together."""
+    """All that there are; but for the first, a dry run begins with the next when it can."""
     done, steps = gpu_sh("--minutes", "0", tmp_path)
     assert done.returncode == 1, done.stderr
     assert set(steps.values()) == {"waits"}
@@ -143,10 +143,10 @@ def test_steps_that_would_begin_too_late_wait(tmp_path):
     speed = {f"speed-{batch}-{mode}" for batch in (1, 8, 16) for mode in modes}
     traces = {f"{what}-{mode}" for what in ("trace", "kernels") for mode in modes}
     assert steps.keys() == {"device", "shapes"} | bits | speed | traces
-    names = list(steps)
-    assert names[0] == "device" and set(names[1:9]) == bits and names.index("shapes") == 12
+    assert next(iter(steps)) == "device"
 
 
+@pytest.mark.slow
 def test_one_step_that_fails_leaves_the_others(tmp_path):
     """Without pytest, as on a bare machine, and with a package that does not import: each says so
     in its line."""

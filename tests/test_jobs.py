@@ -21,7 +21,6 @@ from test_cli import (  # noqa: F401
     SCRIPT,
     environment,
     exit_status,
-    known_bandwidth,
     tiny,
     write_lines,
 )

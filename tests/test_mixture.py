@@ -130,6 +130,7 @@ def test_drafts_change_no_bits(path_of, name, mode):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_graphs_change_no_bits(tmp_path):
     """Of prefill, and of rounds with drafts. The dense parts are as large as in test_quantize.py,
     which then finds much compiled already."""

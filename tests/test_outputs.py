@@ -28,7 +28,6 @@ from test_cli import (  # noqa: F401
     environment,
     exit_status,
     is_one_line,
-    known_bandwidth,
     refuse,
     run_json,
     tiny,

@@ -540,7 +540,7 @@ def test_vocabularies(folders, tmp_path):
     assert Tokenizer(None).agrees(Tokenizer(model))
 
 
-@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("temperature", [pytest.param(0, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("rows", [(64, 0), (0, 64), (64, 128)], ids=str)
 def test_tables_of_other_sizes(folders, tmp_path, capsys, rows, temperature):
     """Of the model and of its draft; either may say what the other has not."""

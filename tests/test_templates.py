@@ -10,7 +10,6 @@ from test_cli import (  # noqa: F401
     QUICK,
     copy,
     exit_status,
-    known_bandwidth,
     refuse,
     run_json,
     talk,
