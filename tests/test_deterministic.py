@@ -899,7 +899,7 @@ def ask(i, length, new=8, **fields):
 
 OPTIONS = [{"temperature": 0.0}, {"seed": 7}, {"top_k": 50, "top_p": 0.9}, {"top_k": 3, "seed": 9}]
 LENGTHS = [200, 9, 10, 1, 64, 65, 3, 17, 100, 2]
-MIXED = [ask(i, LENGTHS[i % 10], 3 + i % 7, **OPTIONS[i % 4]) for i in range(20)]
+MIXED = [ask(i, LENGTHS[i % 10], 3 + i % 7, **OPTIONS[i % 4]) for i in range(12)]
 ROOM = 220
 
 
@@ -921,7 +921,7 @@ def varied(model, kind, alone):
     """Answers of runs in which one thing is other than alone."""
     some = MIXED[:8]
     if kind == "batch":
-        return [answers(model, MIXED, 2), answers(model, MIXED[::-1], 17)]
+        return [answers(model, MIXED, 2), answers(model, MIXED[::-1], 9)]
     if kind == "chunks":
         small = [answers(model, some, prefill_chunk=chunk) for chunk in (1, 7)]
         return [*small, answers(model, MIXED, 5, prefill_chunk=64)]

@@ -357,7 +357,12 @@ def piece(case, rows, tokens):
 
 @pytest.mark.parametrize(
     ("G", "group", "mask_mod"),
-    [(2, 1, SlidingWindow(530)), (1, 3, causal), (1, 4, SlidingWindow(21)), (1, 2, SINKS)],
+    [
+        pytest.param(2, 1, SlidingWindow(530), marks=pytest.mark.slow),
+        (1, 3, causal),
+        (1, 4, SlidingWindow(21)),
+        pytest.param(1, 2, SINKS, marks=pytest.mark.slow),
+    ],
 )
 def test_decode_verify_and_chunks_have_the_bits_of_prefill(G, group, mask_mod):
     case = attention_case([490, 958], 72, G, group, 16, 1088)
