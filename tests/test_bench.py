@@ -85,6 +85,7 @@ def test_bench(config, monkeypatch, capsys, flags, columns):
         assert "--contexts 16,200" in line["command"] and "--output" not in line["command"]
 
 
+@pytest.mark.slow
 def test_bench_compiles_once_a_mode(config, monkeypatch):
     """The layers and the head, each once."""
     contexts = "--compile", "--batches", "1", "--contexts", "16,200,700,40"

@@ -73,7 +73,7 @@ def fuse(path: Path) -> None:
 
 
 @names
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["int4", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_chunks_and_batches_keep_the_bits_of_prefill(folder, name, mode):
     model = load(folder / name, "--deterministic", *MODES[mode])
     want = logits(model, IDS)
@@ -145,7 +145,7 @@ def test_two_ranks_say_what_one_does(folder, ranks, capsys, name):
     assert found != want
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("ranks", [2, 8, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_norm_of_the_heads_of_all_ranks(folder, monkeypatch, ranks):
     """Each rank has of it, to the bit, what one process has, also where ranks share a KV head. Sums
     of each rank's squares that are added have other bits."""

@@ -123,7 +123,16 @@ ENDLESS = {
 }
 
 
-@pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS)
+# A second each, of ways to grow of which others are tried.
+GROWING = ("text that doubles by *", "text that doubles by replace", "a number that is squared")
+GROWING += ("lists within lists that are written", "slice", "lipsum")
+ENDLESS_CASES = [
+    pytest.param(template, id=name, marks=[pytest.mark.slow] * (name in GROWING))
+    for name, template in ENDLESS.items()
+]
+
+
+@pytest.mark.parametrize("template", ENDLESS_CASES)
 def test_a_template_that_does_not_end(tiny, one_second, template):
     tokenizer = Tokenizer(tiny)
     tokenizer.template = template

@@ -693,6 +693,7 @@ def hub(tmp_path):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_a_name_is_fetched_once_and_converted(tmp_path, hub):
     """By one of three ranks, which says so; then it is there, for one process as well."""
     answers, run = hub

@@ -120,8 +120,16 @@ def alone(exact):
 # ---- the same bits
 
 
-@pytest.mark.parametrize("slots, ks", [(1, (1, 2, 5, 8)), (8, (3, 4, 6, 7))])
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(
+    "dtype, slots, ks",
+    [
+        (BF16, 1, (1, 2, 5, 8)),
+        (BF16, 8, (3, 4, 6, 7)),
+        pytest.param(FP32, 1, (1, 2, 5, 8), marks=pytest.mark.slow),
+        (FP32, 8, (3, 4, 6, 7)),
+    ],
+    ids=str,
+)
 @kinds
 def test_same_bits(exact, alone, narrow, kind, dtype, slots, ks):
     """At twenty lengths of the prompt and k = 1 to 8, tokens and logprobs are those without
