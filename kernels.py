@@ -134,7 +134,7 @@ class Packed(nn.Module):
         else:
             y = self.products(x)
         if len(shape) == 3:  # of the products of each leaf, those with its own part of x
-            y = y.diagonal(dim1=-3, dim2=-2).movedim(-1, -2)
+            y = y.diagonal(dim1=-3, dim2=-2).mT
         return y if self.leaves == 1 else add_leaves(y.unbind(-2), self.bias)
 
     def shape_of(self, x: Tensor) -> tuple[int, ...]:

@@ -119,8 +119,7 @@ class Linear(Layer):
         if self.split:  # cut only now, as a scale may be of a whole row
             bias = None
             stacked = {k: tp.part(t, 1, self.ranks).contiguous() for k, t in stacked.items()}
-        how = (bias, self.leaves, self.split)
-        self.packed = quantize.pack(self.mode, self.ops, stacked, *how)
+        self.packed = quantize.pack(self.mode, self.ops, stacked, bias, self.leaves, self.split)
         return self.packed.nbytes
 
     def forward(self, x: Tensor) -> Tensor:

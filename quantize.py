@@ -38,7 +38,7 @@ class Int8Linear(Packed):
     def pack(self, weight: Tensor, scale: Tensor, exact: bool) -> None:
         self.expands = AMX and not exact
         # Leaves are stacked: one quick product of them all and those of an input has all we want.
-        weight = torch.cat(weight.chunk(self.leaves, dim=1))
+        weight = torch.cat(weight.chunk(self.leaves, 1))
         scale = scale.float().flatten().repeat(self.leaves)
         zeros = torch.zeros_like(scale, dtype=torch.int64)
         if AMX:  # oneDNN, quick at many rows with AMX
@@ -60,22 +60,23 @@ class Int8Linear(Packed):
             if x.dtype != torch.float16:  # which could not hold the sums of codes
                 return self.expanded_product(x)
         x_GK = x.unflatten(-1, (self.leaves, -1)).float()
-        largest = x_GK.abs().amax(-1, keepdim=True).clamp(min=1e-30)
-        step = largest * (1 / 63)
+        step = x_GK.abs().amax(-1, keepdim=True).clamp(min=1e-30) * (1 / 63)
         steps = x_GK / step
         high = steps.round()
         low = (steps - high).mul_(126).round_()
-        codes = torch.stack((high, low), dim=-3)
+        high, low = self.sums(torch.stack((high, low)))
+        leaves = (low * (1 / 126)).add_(high).mul_(step)
+        y = add_leaves(leaves.unbind(-2), self.bias)
+        return y if self.leaves > 1 or self.partial else y.to(x.dtype)
+
+    def sums(self, codes: Tensor) -> Tensor:
+        """Scaled, fp32 [..., leaves, N], of integers [..., leaves, K / leaves]."""
         if AMX:
             codes = (codes + 64).to(torch.uint8)
         outputs = (math.prod(self.shape),)
         sums = opaque_linear(codes.flatten(0, -2), self.handle, outputs, torch.float32)
         sums = sums.view(*codes.shape[:-1], self.leaves, -1)
-        own = sums.diagonal(dim1=-3, dim2=-2).mT  # of each leaf, with its own part of the input
-        high, low = own.unbind(-3)
-        leaves = (low * (1 / 126)).add_(high).mul_(step)
-        y = add_leaves(leaves.unbind(-2), self.bias)
-        return y if self.leaves > 1 or self.partial else y.to(x.dtype)
+        return sums.diagonal(dim1=-3, dim2=-2).mT  # of each leaf, with its own part of the input
 
     def expanded_product(self, x: Tensor) -> Tensor:
         weight = self.weight.to_dense().to(x.dtype)
@@ -116,7 +117,7 @@ class Int4Linear(Packed):
         if not exact and torch.backends.cpu.get_cpu_capability() == "AVX512":
             self.expands_from = 32 if AMX else 80
         self.leaf_weights = []
-        chunks = (x.chunk(self.leaves, dim=1) for x in (weight, scale, zero))
+        chunks = (x.chunk(self.leaves, 1) for x in (weight, scale, zero))
         for i, leaf in enumerate(zip(*chunks, strict=True)):
             rows = (0, 0, 0, -len(weight) % 64)
             pairs, scale, zero = (F.pad(x, rows) for x in leaf)
@@ -134,9 +135,9 @@ class Int4Linear(Packed):
         if len(x_MK) >= self.expands_from:
             leaves = [x_MK @ self.expanded(x.dtype)]
         else:
-            parts = x_MK.chunk(self.leaves, dim=1)
+            parts = x_MK.chunk(self.leaves, 1)
             leaves = [self.leaf_product(part, i) for i, part in enumerate(parts)]
-        y = torch.stack(leaves, dim=1) if self.leaves > 1 else leaves[0]
+        y = torch.stack(leaves, 1) if self.leaves > 1 else leaves[0]
         y = y[..., :N].reshape(*x.shape[:-1], *self.shape)
         if self.leaves > 1:
             return y

@@ -1,16 +1,18 @@
 """Linear layers for one row, or a few: there, what surrounds the product of a small weight takes
 longer than the product. One compiled row has loops over a weight that Inductor writes into the code
 around them; at one row they also read memory faster than oneDNN does. In eager code a few rows of
-int8 need not become codes: PyTorch has a product of floats with codes, which is slow for many."""
+int8 need not become codes: PyTorch has a product of floats with codes, which is slow for many. With
+--deterministic, see exact_rows.py."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from kernels import Fast, Packed
+from kernels import BatchInvariant, Fast, Packed
 from model import Linear, Transformer
-from quantize import AMX, Int4Linear, Int8Linear
+from quantize import Int4Linear, Int8Linear
+from scripts.exact_rows import codes_of, prepared_exactly
 
 MOST_INPUTS = 4096  # of more, a row does not stay in a core's first cache
 MOST_CODES = 6 << 20  # a larger weight in 8 bits is quicker by FBGEMM, and these are there twice
@@ -67,10 +69,13 @@ def prepare(model: Transformer, one_slot: bool) -> None:
     """Give the layers of a loaded model what few rows take; with `one_slot`, what one compiled row
     takes as well. A float weight leaves its blocks for that: without them products of several rows
     take up to twice the time, and those of hundreds 1.04 times."""
-    if type(model.ops) is not Fast or model.device.type != "cpu":
+    if model.device.type != "cpu":
         return
     for layer in traced_layers(model):
-        layer.packed = prepared(layer.packed, layer.dtype, one_slot)
+        if type(model.ops) is Fast:
+            layer.packed = prepared(layer.packed, layer.dtype, one_slot)
+        elif type(model.ops) is BatchInvariant:
+            layer.packed = prepared_exactly(layer.packed, layer.dtype, one_slot)
 
 
 def traced_layers(module: nn.Module) -> Iterator[Linear]:
@@ -102,12 +107,8 @@ def prepared(packed: Packed, dtype: torch.dtype, one_slot: bool) -> nn.Module:
 
 
 def with_codes(packed: Int8Linear, dtype: torch.dtype, one_slot: bool) -> nn.Module:
-    """With its codes, int8 [N, K], and scales [N], out of the kernel's layout, if they are few."""
-    if AMX:
-        codes, scale = packed.weight.to_dense().T.contiguous(), packed.scale
-    else:
-        weight, _ = torch.ops.quantized.linear_unpack(*packed.packed)
-        codes, scale = weight.int_repr(), weight.q_per_channel_scales().float()
+    """With its codes, int8 [N, K], and scales [N], if they are few."""
+    codes, scale = codes_of(packed)
     # The product of floats with codes takes scales of their dtype, and reads 16 inputs at a time.
     same = scale.to(dtype)
     if codes.numel() <= FEW_CODES and codes.shape[1] % 16 == 0 and torch.equal(same.float(), scale):

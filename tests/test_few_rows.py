@@ -6,13 +6,14 @@ from helpers import needs_compiler, write_checkpoint
 from torch import randn
 
 import quantize
-from kernels import BATCH_INVARIANT, FAST, Packed
-from scripts import cli, few_rows, loading, machine
+from kernels import BATCH_INVARIANT, FAST, Packed, cancelling
+from scripts import cli, exact_rows, few_rows, loading, machine
 
 MODES = [None, "int8", "int4"]
+KINDS = {None: exact_rows.ExactRow, "int8": exact_rows.ExactCodes, "int4": quantize.Int4Linear}
 
 
-def packed(mode, ops=FAST, shape=(96, 128), bias=True, dtype=torch.float32):
+def packed(mode, ops=FAST, shape=(96, 128), bias=True, dtype=torch.float32, leaves=1):
     """A random weight, packed, and what its codes stand for in fp64."""
     torch.manual_seed(0)
     tensors = quantize.quantized(mode, randn(shape).to(dtype), 32)
@@ -27,7 +28,7 @@ def packed(mode, ops=FAST, shape=(96, 128), bias=True, dtype=torch.float32):
         ]
         floats = floats.flatten(1)
     bias = randn(shape[0]).to(dtype) if bias else None
-    return quantize.pack(mode, ops, tensors, bias), floats, bias
+    return quantize.pack(mode, ops, tensors, bias, leaves), floats, bias
 
 
 def error(y, x, floats, bias):
@@ -88,7 +89,7 @@ def test_a_part_of_a_sum_stays_in_fp32(monkeypatch, mode):
 
 @pytest.mark.parametrize("amx", [True, False])
 def test_codes_out_of_both_kernels(monkeypatch, amx):
-    for module in (quantize, few_rows):
+    for module in (quantize, exact_rows):
         monkeypatch.setattr(module, "AMX", amx)
     tensors = quantize.quantized("int8", randn(96, 128), 0)
     layer = quantize.pack("int8", FAST, dict(tensors))
@@ -107,6 +108,77 @@ def test_which_layers_stay_as_they_are(monkeypatch):
         assert few_rows.prepared(eight, torch.float32, True) is not eight
         monkeypatch.setattr(few_rows, name, 96 * 128 - 1)
     assert few_rows.prepared(eight, torch.float32, True) is eight
+
+
+# ---- with --deterministic
+
+BF16 = torch.bfloat16
+# Of N, K and leaves: parts of 512 numbers and of what is left, and leaves of one and of two parts.
+SHAPES = [(96, 128, 1), (64, 1152, 1), (64, 576, 3), (32, 2304, 2)]
+
+
+def of_one_row(layers, rows):
+    return [layer.forward(row) for layer, row in zip(layers, rows, strict=True)]
+
+
+def exact_layers(mode):
+    """Of each shape, with a bias and without: what eager code has, what one slot has, and inputs
+    whose sums are near 0, so that the order shows."""
+    plain, looped, rows = [], [], []
+    for N, K, leaves in SHAPES:
+        for bias in (True, False):
+            x, weight = cancelling((16,), (N,), K, BF16)
+            tensors = quantize.quantized(mode, weight, 32)
+            bias = x[0, :N] if bias else None
+            layer = quantize.pack(mode, BATCH_INVARIANT, tensors, bias, leaves)
+            plain.append(layer.forward)
+            looped.append(exact_rows.prepared_exactly(layer, BF16, one_slot=True))
+            rows.append(x[None])
+    return plain, looped, rows
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", MODES)
+def test_a_compiled_row_has_the_bits_of_many(mode):
+    """The control: sums that Inductor orders."""
+    plain, looped, rows = exact_layers(mode)
+    if mode is None and exact_rows.size_of_parts(96, 128) is None:
+        pytest.skip("this processor adds up bf16 in another order")
+    assert [type(layer) for layer in looped] == [KINDS[mode]] * len(looped)
+    want = [forward(x)[:, 5:6] for forward, x in zip(plain, rows, strict=True)]
+    options = {"cpp.vec_isa_ok": True} | BATCH_INVARIANT.compile_options
+    compiled = torch.compile(of_one_row, fullgraph=True, dynamic=False, options=options)
+    found = compiled(looped, [x[:, 5:6] for x in rows])
+    assert list(map(torch.equal, found, want)) == [True] * len(want)
+    if mode is None:
+        fast = few_rows.OneRow(looped[3].packed, looped[3].packed.leaf_weights[0].to_dense())
+        (other,) = compiled([fast], [rows[3][:, 5:6]])
+        assert not torch.equal(other, want[3])
+
+
+def test_the_order_of_a_row_is_probed(monkeypatch):
+    """Where pairs are added in another order than that of the instruction, or parts are of other
+    sizes, no size is found."""
+    exact_rows.size_of_parts.cache_clear()
+    if exact_rows.size_of_parts(64, 1152) is None:
+        pytest.skip("this processor adds up bf16 in another order")
+    exact_rows.size_of_parts.cache_clear()
+    monkeypatch.setattr(exact_rows, "in_turn", lambda x: x)
+    assert exact_rows.size_of_parts(64, 1152) is None
+    layer, _, _ = packed(None, BATCH_INVARIANT, dtype=BF16)
+    assert exact_rows.prepared_exactly(layer, BF16, one_slot=True) is layer
+    exact_rows.size_of_parts.cache_clear()
+
+
+@pytest.mark.parametrize("rows", [3, exact_rows.MANY_ROWS, 70])
+def test_leaves_of_int8_apart_have_the_bits_of_stacked_ones(rows):
+    layer, _, _ = packed("int8", BATCH_INVARIANT, (64, 576), leaves=3)
+    apart = exact_rows.prepared_exactly(layer, torch.float32, one_slot=False)
+    x = randn(2, rows, 576)
+    want = layer.forward(x)
+    assert torch.equal(apart.forward(x), want)
+    apart.apart.reverse()  # the control
+    assert torch.equal(apart.forward(x), want) == (2 * rows < exact_rows.MANY_ROWS)
 
 
 def loaded(directory, *flags):

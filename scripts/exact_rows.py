@@ -1,0 +1,134 @@
+"""Linear layers for one row with --deterministic: loops that Inductor writes into the graph, as in
+few_rows.py, with the bits that products of many rows have. Of floats they add in the order of
+oneDNN, which is probed; of 8 bits they are sums of integers, which have none. Weights are there
+twice for that, so that large ones are not among them."""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from kernels import LeafPacked, Packed
+from quantize import AMX, Int4Linear, Int8Linear
+
+MOST_TWICE = 6 << 20  # numbers of a weight; of a larger one, calls are a small part of the time
+LANES = 16  # outputs that are added up side by side
+MOST_EXACT = 2**24 // (63 * 127)  # numbers of 7 bits and of 8 whose sum fp32 holds
+MANY_ROWS = 16  # from which on leaves in 8 bits are multiplied apart
+
+
+class ExactRow(nn.Module):
+    """A weight of leaves whose products of one row in a compiled graph have the bits of oneDNN's:
+    K is cut into `size` numbers at a time, whose sums are added up in turn. Of each such part, a
+    buffer [leaves, N / LANES, size, LANES] in the order in which they are added."""
+
+    def __init__(self, packed: LeafPacked, size: int):
+        super().__init__()
+        self.packed = packed
+        weight = torch.stack([leaf.to_dense() for leaf in packed.leaf_weights])
+        weight = in_turn(weight).unflatten(1, (-1, LANES)).mT
+        self.size = size
+        for i, part in enumerate(weight.split(size, dim=2)):
+            self.register_buffer(f"part_{i}", part.contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() or x.shape[:-1].numel() > 1:
+            return self.packed.forward(x)
+        row = in_turn(x.flatten().float())
+        row = row.as_strided(row.shape, row.stride()).view(self.packed.leaves, 1, -1, 1)
+        sums = []
+        for i, part in enumerate(row.split(self.size, dim=2)):
+            weight = self.get_buffer(f"part_{i}")
+            sums.append((weight.float() * part).sum(2))
+        leaves = functools.reduce(torch.add, sums).flatten(1)
+        if self.packed.leaves == 1 and self.packed.bias is not None:
+            leaves = leaves + self.packed.bias
+        leaves = [leaf.view(*x.shape[:-1], -1) for leaf in leaves.to(x.dtype)]
+        return leaves[0] if len(leaves) == 1 else kernels.add_leaves(leaves, self.packed.bias)
+
+
+class ExactCodes(Int8Linear):
+    """A weight in 8 bits whose sums of one row in a compiled graph are loops: those of integers
+    below 2^24 are exact in fp32. Codes [leaves, N, K / leaves] and scales [N]. Many rows multiply
+    each leaf apart, which is less work than all products of stacked leaves, and more calls."""
+
+    def pack(self, weight: Tensor, scale: Tensor, exact: bool) -> None:
+        super().pack(weight, scale, exact)
+        leaves = weight.chunk(self.leaves, dim=1)
+        self.register_buffer("codes", torch.stack(leaves))
+        self.register_buffer("scales", scale.float().flatten())
+        alone = self.leaves == 1
+        self.apart = [] if alone else [Int8Linear(x, scale=scale, exact=exact) for x in leaves]
+
+    def sums(self, codes: Tensor) -> Tensor:
+        is_compiling = torch.compiler.is_compiling()
+        rows = codes.shape[1:-2].numel()
+        if is_compiling and rows == 1:
+            return self.sums_in_loops(codes)
+        if self.apart and (is_compiling or rows >= MANY_ROWS):
+            parts = zip(self.apart, codes.split(1, dim=-2), strict=True)
+            return torch.cat([leaf.sums(part) for leaf, part in parts], dim=-2)
+        return super().sums(codes)
+
+    def sums_in_loops(self, codes: Tensor) -> Tensor:
+        codes = codes.as_strided(codes.shape, codes.stride()).unsqueeze(-2)
+        sums = [(self.codes.float() * part).sum(-1) for part in codes]
+        return torch.stack(sums) * self.scales
+
+
+def in_turn(x: Tensor) -> Tensor:
+    """Numbers along K as the instruction for dot products of bf16 adds them: of each pair, the
+    second one first."""
+    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+
+@functools.cache
+def size_of_parts(N: int, K: int) -> int | None:
+    """How many numbers oneDNN adds up before it begins anew, in bf16; None where its order is
+    another one, as with AMX or AVX2."""
+    x, weight = kernels.cancelling((1,), (N,), K, torch.bfloat16)
+    with kernels.one_thread():
+        want = kernels.product_in_tiles(x, kernels.blocked(weight), None, [16])
+    terms = (in_turn(x) * in_turn(weight).float()).T.contiguous()
+    for size in sorted({K, 1024, 512, K // 2}):
+        parts = [terms[i : i + size] for i in range(0, K, size)]
+        sums = [functools.reduce(torch.add, part) for part in parts]
+        if torch.equal(functools.reduce(torch.add, sums).to(want.dtype), want[0]):
+            return size
+    return None
+
+
+def prepared_exactly(packed: Packed, dtype: torch.dtype, one_slot: bool) -> nn.Module:
+    """With --deterministic: what has the same bits in loops, or in the graph as PyTorch's op."""
+    kind = type(packed)
+    if kind is Int8Linear and (one_slot or packed.leaves > 1):
+        return with_exact_codes(packed)
+    if kind is Int4Linear and one_slot and packed.grid_0.dtype == dtype:
+        packed.opaque = False
+    if kind is not LeafPacked or not one_slot or dtype != torch.bfloat16:
+        return packed
+    N, K = packed.leaf_weights[0].shape
+    if N % LANES or K % 2 or N * K * packed.leaves > MOST_TWICE:
+        return packed
+    size = size_of_parts(N, K)
+    return packed if size is None else ExactRow(packed, size)
+
+
+def with_exact_codes(packed: Int8Linear) -> Int8Linear:
+    """With its codes once more, if they are few."""
+    codes, scale = codes_of(packed)
+    if codes.numel() > MOST_TWICE or codes.shape[1] > MOST_EXACT:
+        return packed
+    weight = torch.cat(codes.chunk(packed.leaves), dim=1)
+    how = (packed.bias, packed.leaves, packed.partial)
+    return ExactCodes(weight, *how, scale=scale[: len(weight), None], exact=True)
+
+
+def codes_of(packed: Int8Linear) -> tuple[Tensor, Tensor]:
+    """Its codes, int8 [leaves * N, K / leaves], and scales [leaves * N], out of the kernel's
+    layout."""
+    if AMX:
+        return packed.weight.to_dense().T.contiguous(), packed.scale
+    weight, _ = torch.ops.quantized.linear_unpack(*packed.packed)
+    return weight.int_repr(), weight.q_per_channel_scales().float()
