@@ -1,7 +1,7 @@
 """Linear layers for one row with --deterministic: loops that Inductor writes into the graph, as in
 few_rows.py, with the bits that products of many rows have. Of floats they add in the order of
 oneDNN, which is probed; of 8 bits they are sums of integers, which have none. Weights are there
-twice for that, so that large ones are not among them."""
+twice for that."""
 
 import functools
 
@@ -12,7 +12,7 @@ import kernels
 from kernels import LeafPacked, Packed
 from quantize import AMX, Int4Linear, Int8Linear
 
-MOST_TWICE = 6 << 20  # numbers of a weight; of a larger one, calls are a small part of the time
+MOST_CODES = 6 << 20  # a larger weight in 8 bits is no slower by FBGEMM
 LANES = 16  # outputs that are added up side by side
 MOST_EXACT = 2**24 // (63 * 127)  # numbers of 7 bits and of 8 whose sum fp32 holds
 MANY_ROWS = 16  # from which on leaves in 8 bits are multiplied apart
@@ -62,11 +62,13 @@ class ExactCodes(Int8Linear):
         self.apart = [] if alone else [Int8Linear(x, scale=scale, exact=exact) for x in leaves]
 
     def sums(self, codes: Tensor) -> Tensor:
-        is_compiling = torch.compiler.is_compiling()
         rows = codes.shape[1:-2].numel()
-        if is_compiling and rows == 1:
-            return self.sums_in_loops(codes)
-        if self.apart and (is_compiling or rows >= MANY_ROWS):
+        many = MANY_ROWS
+        if torch.compiler.is_compiling():
+            if rows == 1 and self.codes is not None:
+                return self.sums_in_loops(codes)
+            many = 2  # one graph for all
+        if self.apart and rows >= many:
             parts = zip(self.apart, codes.split(1, dim=-2), strict=True)
             return torch.cat([leaf.sums(part) for leaf, part in parts], dim=-2)
         return super().sums(codes)
@@ -87,7 +89,8 @@ def in_turn(x: Tensor) -> Tensor:
 def size_of_parts(N: int, K: int) -> int | None:
     """How many numbers oneDNN adds up before it begins anew, in bf16; None where its order is
     another one, as with AMX or AVX2."""
-    x, weight = kernels.cancelling((1,), (N,), K, torch.bfloat16)
+    outputs = min(N, 1 << 14)  # more of them would show nothing new
+    x, weight = kernels.cancelling((1,), (outputs,), K, torch.bfloat16)
     with kernels.one_thread():
         want = kernels.product_in_tiles(x, kernels.blocked(weight), None, [16])
     terms = (in_turn(x) * in_turn(weight).float()).T.contiguous()
@@ -102,27 +105,28 @@ def size_of_parts(N: int, K: int) -> int | None:
 def prepared_exactly(packed: Packed, dtype: torch.dtype, one_slot: bool) -> nn.Module:
     """With --deterministic: what has the same bits in loops, or in the graph as PyTorch's op."""
     kind = type(packed)
-    if kind is Int8Linear and (one_slot or packed.leaves > 1):
-        return with_exact_codes(packed)
+    if kind is Int8Linear:
+        return with_exact_codes(packed, one_slot)
     if kind is Int4Linear and one_slot and packed.grid_0.dtype == dtype:
         packed.opaque = False
     if kind is not LeafPacked or not one_slot or dtype != torch.bfloat16:
         return packed
     N, K = packed.leaf_weights[0].shape
-    if N % LANES or K % 2 or N * K * packed.leaves > MOST_TWICE:
-        return packed
-    size = size_of_parts(N, K)
+    size = None if N % LANES or K % 2 else size_of_parts(N, K)
     return packed if size is None else ExactRow(packed, size)
 
 
-def with_exact_codes(packed: Int8Linear) -> Int8Linear:
-    """With its codes once more, if they are few."""
+def with_exact_codes(packed: Int8Linear, one_slot: bool) -> Int8Linear:
+    """With each leaf apart, and for one slot with its codes once more if they are few."""
     codes, scale = codes_of(packed)
-    if codes.numel() > MOST_TWICE or codes.shape[1] > MOST_EXACT:
+    looped = one_slot and codes.numel() <= MOST_CODES and codes.shape[1] <= MOST_EXACT
+    if packed.leaves == 1 and not looped:
         return packed
     weight = torch.cat(codes.chunk(packed.leaves), dim=1)
     how = (packed.bias, packed.leaves, packed.partial)
-    return ExactCodes(weight, *how, scale=scale[: len(weight), None], exact=True)
+    layer = ExactCodes(weight, *how, scale=scale[: len(weight), None], exact=True)
+    layer.codes = layer.codes if looped else None
+    return layer
 
 
 def codes_of(packed: Int8Linear) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from kernels import BatchInvariant, Fast, Packed
 from model import Linear, Transformer
 from quantize import Int4Linear, Int8Linear
-from scripts.exact_rows import codes_of, prepared_exactly
+from scripts import hardware
+from scripts.exact_rows import MOST_CODES, codes_of, prepared_exactly
 
 MOST_INPUTS = 4096  # of more, a row does not stay in a core's first cache
-MOST_CODES = 6 << 20  # a larger weight in 8 bits is quicker by FBGEMM, and these are there twice
 FEW_CODES, FEW_ROWS = 2 << 20, 8  # so many at most for the product of floats with codes
 
 
@@ -68,14 +68,16 @@ class FewCodes(OneRow):
 def prepare(model: Transformer, one_slot: bool) -> None:
     """Give the layers of a loaded model what few rows take; with `one_slot`, what one compiled row
     takes as well. A float weight leaves its blocks for that: without them products of several rows
-    take up to twice the time, and those of hundreds 1.04 times."""
+    take up to twice the time, and those of hundreds 1.04 times. With --deterministic it is there
+    twice, in as much as half of the memory that is free."""
     if model.device.type != "cpu":
         return
+    fits_twice = model.nbytes < hardware.free_memory() / 2
     for layer in traced_layers(model):
         if type(model.ops) is Fast:
             layer.packed = prepared(layer.packed, layer.dtype, one_slot)
         elif type(model.ops) is BatchInvariant:
-            layer.packed = prepared_exactly(layer.packed, layer.dtype, one_slot)
+            layer.packed = prepared_exactly(layer.packed, layer.dtype, one_slot and fits_twice)
 
 
 def traced_layers(module: nn.Module) -> Iterator[Linear]:
