@@ -88,7 +88,7 @@ def in_turn(x: Tensor) -> Tensor:
 @functools.cache
 def size_of_parts(N: int, K: int) -> int | None:
     """How many numbers oneDNN adds up before it begins anew, in bf16; None where its order is
-    another one, as with AMX or AVX2."""
+    another one, as with AVX2."""
     outputs = min(N, 1 << 14)  # more of them would show nothing new
     x, weight = kernels.cancelling((1,), (outputs,), K, torch.bfloat16)
     with kernels.one_thread():
