@@ -1178,6 +1178,7 @@ def test_compiled_equals_eager(dynamo, tmp_path, capsys):
     want, _ = lines_of(capsys, tiny, "--deterministic", *flags)
     graphs = ["--compile", "--compile_prefill", "--batch_size", 3]
     assert lines_of(capsys, tiny, "--deterministic", *flags, *graphs)[0] == want
+    assert lines_of(capsys, tiny, *flags)[0] != want
     flags += ["--precision", "bf16"]  # of whose single rows a graph has loops
     want, _ = lines_of(capsys, tiny, "--deterministic", *flags)
     assert lines_of(capsys, tiny, "--deterministic", *flags, "--compile")[0] == want

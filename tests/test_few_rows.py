@@ -170,6 +170,20 @@ def test_the_order_of_a_row_is_probed(monkeypatch):
     exact_rows.size_of_parts.cache_clear()
 
 
+@pytest.mark.parametrize("K, is_exact", [(exact_rows.MOST_EXACT, True), (1 << 16, False)])
+def test_sums_of_codes_are_exact_up_to_a_length(K, is_exact):
+    """The largest codes, the first ones all alike."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(100, 128, (16, K), generator=generator, dtype=torch.int8)
+    weight[0] = 127
+    layer = exact_rows.ExactCodes(weight, scale=torch.ones(16, 1), exact=True)
+    codes = torch.randint(40, 64, (2, 1, 1, K), generator=generator).float()
+    codes[0] = 63
+    assert torch.equal(layer.sums_in_loops(codes), layer.sums(codes)) == is_exact
+    prepared = exact_rows.with_exact_codes(layer, one_slot=True)
+    assert (prepared is layer) != is_exact
+
+
 @pytest.mark.parametrize("rows", [3, exact_rows.MANY_ROWS, 70])
 def test_leaves_of_int8_apart_have_the_bits_of_stacked_ones(rows):
     layer, _, _ = packed("int8", BATCH_INVARIANT, (64, 576), leaves=3)
