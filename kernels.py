@@ -180,10 +180,8 @@ class LeafPacked(Packed):
         if is_few and exact_tiles(*self.stacked.shape, x.dtype, threads, leaves):
             x_GK = x.reshape(*x.shape[:-1], leaves, -1)
             return exact_product(x_GK, self.stacked, None, leaves).view(shape)
-        y = x.new_empty(leaves, *x.shape[:-1], self.shape[1])
-        for i, part in enumerate(x.chunk(leaves, dim=-1)):
-            y[i] = exact_product(part, self.leaf_weights[i])
-        y = y.movedim(0, -2)
+        parts = x.unflatten(-1, (leaves, -1)).movedim(-2, 0).contiguous()
+        y = torch.stack(list(map(exact_product, parts, self.leaf_weights)), dim=-2)
         return y.unsqueeze(-3).expand(shape) if is_few else y
 
 
@@ -268,24 +266,24 @@ def dense_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, 
     return [bias, span - seen_T.flip(-1).byte().argmax(-1)]
 
 
-def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, spans, scale, rows=1):
+def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, spans, rows, scale):
     """Attention [B, T, H * D] in blocks of 128 tokens, which skip keys behind the last one they may
     see. Keys are filled up, by others of the cache, to one of `spans` beyond whole blocks of 512,
     as those of the mask are, and the rows of a block to a multiple of `rows`."""
     q_BGTRD = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2)
     if q_BTHD.shape[1] == 1:
-        y_BGTRD = attend_block(q_BGTRD, k_BGLD, v_BGLD, bias, bias.shape[-1], scale, rows)
+        y_BGTRD = attend_block(q_BGTRD, k_BGLD, v_BGLD, bias, bias.shape[-1], rows, scale)
     else:
         blocks = []
         parts = zip(q_BGTRD.split(128, 2), bias.split(128, 2), limit_T.split(128), strict=True)
         for q, mask, limits in parts:
             span = filled(int(limits.max()), spans)
-            blocks.append(attend_block(q, k_BGLD, v_BGLD, mask, span, scale, rows))
+            blocks.append(attend_block(q, k_BGLD, v_BGLD, mask, span, rows, scale))
         y_BGTRD = torch.cat(blocks, dim=2)
     return y_BGTRD.transpose(1, 2).flatten(2)
 
 
-def attend_block(q_BGTRD, k_BGLD, v_BGLD, bias, span: int, scale: float, rows: int) -> Tensor:
+def attend_block(q_BGTRD, k_BGLD, v_BGLD, bias, span: int, rows: int, scale: float) -> Tensor:
     """The R queries of a KV head and a token become rows: five times as fast as enable_gqa."""
     B, _, T, R, _ = q_BGTRD.shape
     more = -T * R % rows
@@ -319,22 +317,25 @@ def exact_spans(B: int, G: int, D: int, R: int, dtype, threads: int) -> list[int
         pos_BT = torch.arange(start, start + T)[None]
         bias, limit_T = dense_mask(causal, pos_BT, L, torch.zeros(G, R), k)
         with one_thread():
-            want = attend(q, k, v, bias, limit_T, [512], scale, 16).repeat(B, 1, 1)
+            want = attend(q, k, v, bias, limit_T, [512], 16, scale).repeat(B, 1, 1)
         for count, end in itertools.product((1, 2, 6, 11, 40, T), (32, T)):
             now = slice(max(end - count, 0), end)
             keys = -(-(start + end) // 64) * 64
             trials.append((keys, q_B[:, now], bias[:, :, now], limit_T[now], scale, want[:, now]))
 
-    def agrees(span: int) -> bool:
+    def agrees(span: int, rows: int) -> bool:
         for keys, q, bias, limit_T, scale, want in trials:
             if keys % 512 <= span:
                 mask = bias[..., : filled(keys, [span, 512])]
-                y = attend(q, k_B, v_B, mask, limit_T, [span, 512], scale, 16)
+                y = attend(q, k_B, v_B, mask, limit_T, [span, 512], rows, scale)
                 if not torch.equal(y, want):
                     return False
         return True
 
-    return [span for span in range(64, 513, 64) if agrees(span)] if agrees(512) else []
+    for rows in (4, 16):
+        if agrees(512, rows):
+            return [span for span in range(64, 513, 64) if agrees(span, rows)], rows
+    return [], 16
 
 
 def attend_in_loops(q_BTHD, k_BGLD, v_BGLD, bias, scale: float) -> Tensor:
@@ -355,18 +356,18 @@ def like_attention(q, *others):
 
 
 @opaque(
-    f"attend({ATTENTION}, Tensor bias, Tensor limit, int[] spans, float scale, int rows) -> Tensor",
+    f"attend({ATTENTION}, Tensor bias, Tensor limit, int[] spans, int rows, float scale) -> Tensor",
     like_attention,
 )
-def cpu_attention(q, k, v, k_cache, v_cache, pos, bias, limit, spans, scale, rows):
+def cpu_attention(q, k, v, k_cache, v_cache, pos, bias, limit, spans, rows, scale):
     """One recipe for prefill, decode and verify."""
     write_cache(k, v, k_cache, v_cache, pos)
     if spans:
-        return attend(q, k_cache, v_cache, bias, limit, spans, scale, rows)
+        return attend(q, k_cache, v_cache, bias, limit, spans, rows, scale)
     bias = bias.expand(len(q), -1, -1, -1, -1)
     alone = zip(*(x.split(1) for x in (q, k_cache, v_cache, bias)), strict=True)
     with one_thread():  # the reference, each row of the batch alone
-        return torch.cat([attend(*row, limit, [512], scale, rows) for row in alone])
+        return torch.cat([attend(*row, limit, [512], rows, scale) for row in alone])
 
 
 exp = opaque("exp(Tensor x) -> Tensor", torch.empty_like)(torch.exp)
@@ -627,26 +628,25 @@ class Fast:
         """Over `span` keys at least. On a GPU, whose kernel computes it, its number."""
         if pos_BT.is_cuda:
             return masks.setdefault((type(mask_mod), mask_mod), len(masks)), heads_GR
-        spans = list(range(64, 513, 64))
+        spans, rows = list(range(64, 513, 64)), 4
         if self.exact:
             (G, R), D = heads_GR.shape, k_cache.shape[3]
             threads = torch.get_num_threads()  # more rows and heads would show nothing new
-            spans = exact_spans(min(len(pos_BT), 2), min(G, 3), D, R, k_cache.dtype, threads)
+            spans, rows = exact_spans(min(len(pos_BT), 2), min(G, 3), D, R, k_cache.dtype, threads)
         span = filled(span, spans or [512])
-        return *dense_mask(mask_mod, pos_BT, span, heads_GR, k_cache), spans
+        return *dense_mask(mask_mod, pos_BT, span, heads_GR, k_cache), spans, rows
 
     def attention(self, q_BTHD, k_BTGD, v_BTGD, k_cache, v_cache, pos_BT, mask, scale) -> Tensor:
         """[B, T, H * D]. New keys and values are first written to the caches [B, G, L, D]."""
         tensors = (q_BTHD, k_BTGD, v_BTGD, k_cache, v_cache, pos_BT)
         if k_cache.is_cuda:
             return triton_attention(*tensors, *mask, scale)
-        bias, _, spans = mask
-        how = (*mask, scale, 16 if self.exact else 1)
+        bias, _, spans, _ = mask
         if not torch.compiler.is_compiling() or q_BTHD.shape[1] > 1 or not spans:
-            return cpu_attention(*tensors, *how)
+            return cpu_attention(*tensors, *mask, scale)
         write_cache(*tensors[1:])
         if self.exact:
-            return attend(q_BTHD, k_cache, v_cache, *how)
+            return attend(q_BTHD, k_cache, v_cache, *mask, scale)
         return attend_in_loops(q_BTHD, k_cache, v_cache, bias, scale)
 
     def log_softmax(self, logits: Tensor) -> Tensor:

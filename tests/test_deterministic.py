@@ -603,7 +603,7 @@ def test_attention_without_spans(dtype, length, monkeypatch):
     case = Case(dtype, 2, 3, 64, length, rows=2)
     sizes = [length - 5, 1]
     want = case.run(BATCH_INVARIANT, sizes)
-    monkeypatch.setattr(kernels, "exact_spans", lambda *shape: [])
+    monkeypatch.setattr(kernels, "exact_spans", lambda *shape: ([], 16))
     torch.set_num_threads(2)
     sdpa, seen = F.scaled_dot_product_attention, []
 
@@ -618,10 +618,13 @@ def test_attention_without_spans(dtype, length, monkeypatch):
     assert not torch.equal(case.run(TWO_RECIPES, sizes), want)
 
 
-WRONG_ATTENTIONS = {  # when a kernel sums in another way, and the spans that are left
-    "some keys": (lambda rows, keys, threads: keys == 128, [64, *range(192, 1024)]),
-    "a batch": (lambda rows, keys, threads: rows > 1, []),
-    "threads": (lambda rows, keys, threads: threads > 1, []),
+EVERY = range(64, 1024)
+# When a kernel sums in another way, and what is left: spans, and a number that its rows multiply.
+WRONG_ATTENTIONS = {
+    "some keys": (lambda batch, rows, keys, threads: keys == 128, ([64, *EVERY[128:]], 4)),
+    "a batch": (lambda batch, rows, keys, threads: batch > 1, ([], 16)),
+    "threads": (lambda batch, rows, keys, threads: threads > 1, ([], 16)),
+    "few rows": (lambda batch, rows, keys, threads: rows % 16 > 0, (EVERY, 16)),
 }
 
 
@@ -630,7 +633,7 @@ def break_attention(monkeypatch, is_wrong):
     sdpa = F.scaled_dot_product_attention
 
     def broken(q, k, v, mask, scale):
-        if not is_wrong(len(q), k.shape[2], torch.get_num_threads()):
+        if not is_wrong(len(q), q.shape[2], k.shape[2], torch.get_num_threads()):
             return sdpa(q, k, v, mask, scale=scale)
         y = sdpa(*(x.double() for x in (q, k, v, mask)), scale=scale)
         return y.to(q.dtype)
@@ -643,18 +646,18 @@ def break_attention(monkeypatch, is_wrong):
 @pytest.mark.parametrize("mistake", WRONG_ATTENTIONS)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_a_wrong_attention_is_seen(dtype, mistake, monkeypatch):
-    """The spans with which it is wrong are not used; where there are no others, the reference
-    runs."""
-    is_wrong, left = WRONG_ATTENTIONS[mistake]
+    """The spans and rows with which it is wrong are not used; where there are no others, the
+    reference runs."""
+    is_wrong, (spans, rows) = WRONG_ATTENTIONS[mistake]
     case = telling_values(Case(dtype, 2, 3, 16, 140, rows=2))
     want = case.run(BATCH_INVARIANT)
     known = kernels.exact_spans(2, 2, 16, 3, dtype, 1)
-    assert 128 in known
+    assert 128 in known[0] and known[1] == 4
     threads = 2 if mistake == "threads" else 1
     torch.set_num_threads(threads)
     break_attention(monkeypatch, is_wrong)
     found = kernels.exact_spans(2, 2, 16, 3, dtype, threads)
-    assert found == [n for n in known if n in left]
+    assert found == ([span for span in known[0] if span in spans], rows)
     for sizes in ([140], [100, 1]):
         assert torch.equal(case.run(BATCH_INVARIANT, sizes), want)
     monkeypatch.setattr(kernels, "exact_spans", lambda *shape: known)
