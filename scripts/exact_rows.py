@@ -1,7 +1,7 @@
-"""Linear layers for one row with --deterministic: loops that Inductor writes into the graph, as in
-few_rows.py, with the bits that products of many rows have. Of floats they add in the order of
-oneDNN, which is probed; of 8 bits they are sums of integers, which have none. Weights are there
-twice for that."""
+"""Linear layers for one row with --deterministic: loops that Inductor writes into the graph, with
+the bits that products of many rows have. Of floats they add in the order of oneDNN, which is probed
+(lanes.py); of 8 bits they are sums of integers, which have none. Weights are there twice for
+that."""
 
 import functools
 
@@ -11,41 +11,11 @@ from torch import Tensor, nn
 import kernels
 from kernels import LeafPacked, Packed
 from quantize import AMX, Int4Linear, Int8Linear
+from scripts.lanes import LANES, RowInLanes, in_turn
 
 MOST_CODES = 6 << 20  # a larger weight in 8 bits is no slower by FBGEMM
-LANES = 16  # outputs that are added up side by side
 MOST_EXACT = 2**24 // (63 * 127)  # numbers of 7 bits and of 8 whose sum fp32 holds
 MANY_ROWS = 16  # from which on leaves in 8 bits are multiplied apart
-
-
-class ExactRow(nn.Module):
-    """A weight of leaves whose products of one row in a compiled graph have the bits of oneDNN's:
-    K is cut into `size` numbers at a time, whose sums are added up in turn. Of each such part, a
-    buffer [leaves, N / LANES, size, LANES] in the order in which they are added."""
-
-    def __init__(self, packed: LeafPacked, size: int):
-        super().__init__()
-        self.packed = packed
-        weight = torch.stack([leaf.to_dense() for leaf in packed.leaf_weights])
-        weight = in_turn(weight).unflatten(1, (-1, LANES)).mT
-        self.size = size
-        for i, part in enumerate(weight.split(size, dim=2)):
-            self.register_buffer(f"part_{i}", part.contiguous())
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() or x.shape[:-1].numel() > 1:
-            return self.packed.forward(x)
-        row = in_turn(x.flatten().float())
-        row = row.as_strided(row.shape, row.stride()).view(self.packed.leaves, 1, -1, 1)
-        sums = []
-        for i, part in enumerate(row.split(self.size, dim=2)):
-            weight = self.get_buffer(f"part_{i}")
-            sums.append((weight.float() * part).sum(2))
-        leaves = functools.reduce(torch.add, sums).flatten(1)
-        if self.packed.leaves == 1 and self.packed.bias is not None:
-            leaves = leaves + self.packed.bias
-        leaves = [leaf.view(*x.shape[:-1], -1) for leaf in leaves.to(x.dtype)]
-        return leaves[0] if len(leaves) == 1 else kernels.add_leaves(leaves, self.packed.bias)
 
 
 class ExactCodes(Int8Linear):
@@ -79,10 +49,27 @@ class ExactCodes(Int8Linear):
         return torch.stack(sums) * self.scales
 
 
-def in_turn(x: Tensor) -> Tensor:
-    """Numbers along K as the instruction for dot products of bf16 adds them: of each pair, the
-    second one first."""
-    return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+class InGraph(nn.Module):
+    """A weight in 4 bits whose products of few rows are PyTorch's own op in a compiled graph, with
+    no Python between. Many rows, or a number that varies, may take the weight expanded."""
+
+    def __init__(self, packed: Int4Linear):
+        super().__init__()
+        self.packed = packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed, rows = self.packed, x.shape[:-1].numel()
+        few = isinstance(rows, int) and rows < packed.expands_from
+        if not torch.compiler.is_compiling() or not few:
+            return packed.forward(x)
+        parts = x.reshape(rows, packed.leaves, -1).movedim(1, 0).contiguous()
+        leaves = []
+        for i, part in enumerate(parts):
+            y = packed.leaf_product(part, i)[:, : packed.shape[-1]]
+            leaves.append(y.reshape(*x.shape[:-1], -1))
+        if packed.leaves > 1:
+            return kernels.add_leaves(leaves, packed.bias)
+        return leaves[0] if packed.bias is None else (leaves[0] + packed.bias).to(x.dtype)
 
 
 @functools.cache
@@ -107,13 +94,13 @@ def prepared_exactly(packed: Packed, dtype: torch.dtype, one_slot: bool) -> nn.M
     kind = type(packed)
     if kind is Int8Linear:
         return with_exact_codes(packed, one_slot)
-    if kind is Int4Linear and one_slot and packed.grid_0.dtype == dtype:
-        packed.opaque = False
+    if kind is Int4Linear and packed.grid_0.dtype == dtype:
+        return InGraph(packed)
     if kind is not LeafPacked or not one_slot or dtype != torch.bfloat16:
         return packed
     N, K = packed.leaf_weights[0].shape
     size = None if N % LANES or K % 2 else size_of_parts(N, K)
-    return packed if size is None else ExactRow(packed, size)
+    return packed if size is None else RowInLanes(packed, packed.leaf_weights, size)
 
 
 def with_exact_codes(packed: Int8Linear, one_slot: bool) -> Int8Linear:

@@ -1,8 +1,8 @@
 """Linear layers for one row, or a few: there, what surrounds the product of a small weight takes
 longer than the product. One compiled row has loops over a weight that Inductor writes into the code
-around them; at one row they also read memory faster than oneDNN does. In eager code a few rows of
-int8 need not become codes: PyTorch has a product of floats with codes, which is slow for many. With
---deterministic, see exact_rows.py."""
+around them; at one row they also read memory faster than oneDNN does (large weights: lanes.py). In
+eager code a few rows of int8 need not become codes: PyTorch has a product of floats with codes,
+which is slow for many. With --deterministic, see exact_rows.py."""
 
 from collections.abc import Iterator
 
@@ -13,17 +13,20 @@ from kernels import BatchInvariant, Fast, Packed
 from model import Linear, Transformer
 from quantize import Int4Linear, Int8Linear
 from scripts import hardware
-from scripts.exact_rows import MOST_CODES, codes_of, prepared_exactly
+from scripts.exact_rows import MOST_CODES, InGraph, codes_of, prepared_exactly
+from scripts.lanes import LANES, RowInLanes
 
 MOST_INPUTS = 4096  # of more, a row does not stay in a core's first cache
+LEAST_IN_LANES = 2 << 20  # bytes of a weight that gains by them
+MOST_IN_TURN = 1024  # numbers that are added up in turn
 FEW_CODES, FEW_ROWS = 2 << 20, 8  # so many at most for the product of floats with codes
 
 
 class OneRow(nn.Module):
     """A packed weight that multiplies one row in a compiled graph by what it is made of: weight
-    [N, K], and of codes a scale a row. Without these, PyTorch's own op goes into the graph."""
+    [N, K], and of codes a scale a row."""
 
-    def __init__(self, packed: Packed, weight: Tensor | None = None, scale: Tensor | None = None):
+    def __init__(self, packed: Packed, weight: Tensor, scale: Tensor | None = None):
         super().__init__()
         self.packed = packed
         self.register_buffer("weight", weight)
@@ -32,9 +35,6 @@ class OneRow(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() or x.shape[:-1].numel() > 1:
             return self.several_rows(x)
-        if self.weight is None:
-            return self.packed.products(x)
-
         row = x.flatten().float()
         # A strided view is of a tensor in memory: else each output would compute its input anew.
         row = row.as_strided(row.shape, row.stride())
@@ -67,15 +67,15 @@ class FewCodes(OneRow):
 
 def prepare(model: Transformer, one_slot: bool) -> None:
     """Give the layers of a loaded model what few rows take; with `one_slot`, what one compiled row
-    takes as well. A float weight leaves its blocks for that: without them products of several rows
-    take up to twice the time, and those of hundreds 1.04 times. With --deterministic it is there
-    twice, in as much as half of the memory that is free."""
+    takes as well. Weights are there twice for that, in as much as half of the memory that is free.
+    Of more, a float weight leaves its blocks, without which products of several rows take up to
+    twice the time, and those of hundreds 1.04 times."""
     if model.device.type != "cpu":
         return
     fits_twice = model.nbytes < hardware.free_memory() / 2
     for layer in traced_layers(model):
         if type(model.ops) is Fast:
-            layer.packed = prepared(layer.packed, layer.dtype, one_slot)
+            layer.packed = prepared(layer.packed, layer.dtype, one_slot, fits_twice)
         elif type(model.ops) is BatchInvariant:
             layer.packed = prepared_exactly(layer.packed, layer.dtype, one_slot and fits_twice)
 
@@ -89,23 +89,28 @@ def traced_layers(module: nn.Module) -> Iterator[Linear]:
             yield from traced_layers(child)
 
 
-def prepared(packed: Packed, dtype: torch.dtype, one_slot: bool) -> nn.Module:
+def prepared(packed: Packed, dtype: torch.dtype, one_slot: bool, fits_twice: bool) -> nn.Module:
     """For an input of that dtype; the layer itself where nothing would be gained."""
     kind = type(packed)
     if kind is Int8Linear:
         return with_codes(packed, dtype, one_slot)
-    if not one_slot:
-        return packed
     if kind is Int4Linear and packed.grid_0.dtype == dtype:
         # Another grid would be converted at each step, which Inductor does not take there.
-        return OneRow(packed)
-    if kind is not Packed or packed.weight.shape[1] > MOST_INPUTS:
+        return InGraph(packed)
+    if kind is not Packed or not one_slot:
         return packed
-    if packed.weight.is_mkldnn:
-        packed.weight = packed.weight.to_dense()
-        packed.operands = (packed.weight, packed.bias)
+    weight = packed.weight.to_dense()
+    N, K = weight.shape
+    is_large = weight.nbytes >= LEAST_IN_LANES
+    if fits_twice and is_large and not packed.partial and N % LANES == 0 and K % 2 == 0:
+        return RowInLanes(packed, [weight], MOST_IN_TURN)
+    if K > MOST_INPUTS:
+        return packed
+    if packed.weight.is_mkldnn and not fits_twice:
+        packed.weight = weight
+        packed.operands = (weight, packed.bias)
         packed.opaque = False
-    return OneRow(packed, packed.weight)
+    return OneRow(packed, weight)
 
 
 def with_codes(packed: Int8Linear, dtype: torch.dtype, one_slot: bool) -> nn.Module:

@@ -7,10 +7,11 @@ from torch import randn
 
 import quantize
 from kernels import BATCH_INVARIANT, FAST, Packed, cancelling
-from scripts import cli, exact_rows, few_rows, loading, machine
+from scripts import cli, exact_rows, few_rows, lanes, loading, machine
 
 MODES = [None, "int8", "int4"]
-KINDS = {None: exact_rows.ExactRow, "int8": exact_rows.ExactCodes, "int4": quantize.Int4Linear}
+CASES = [(mode, fits_twice, 0) for mode in MODES for fits_twice in (True, False)]
+KINDS = {None: lanes.RowInLanes, "int8": exact_rows.ExactCodes, "int4": exact_rows.InGraph}
 
 
 def packed(mode, ops=FAST, shape=(96, 128), bias=True, dtype=torch.float32, leaves=1):
@@ -40,13 +41,17 @@ def error(y, x, floats, bias):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("mode", MODES)
-def test_one_row_is_the_product(monkeypatch, mode, bias, dtype):
+@pytest.mark.parametrize("mode, fits_twice, least", [*CASES, (None, True, 1 << 20)])
+def test_one_row_is_the_product(monkeypatch, mode, fits_twice, least, bias, dtype):
     """In code that a compiler would trace, and as before for many rows."""
+    monkeypatch.setattr(few_rows, "LEAST_IN_LANES", least)
+    monkeypatch.setattr(few_rows, "MOST_IN_TURN", 48)
     layer, floats, bias = packed(mode, bias=bias, dtype=dtype)
     x = randn(few_rows.FEW_ROWS + 1, 1, 128).to(dtype)
     many, one = layer.forward(x), layer.forward(x[:1])
-    layer = few_rows.prepared(layer, dtype, one_slot=True)
+    layer = few_rows.prepared(layer, dtype, True, fits_twice)
+    in_lanes = mode is None and fits_twice and not least
+    assert isinstance(layer, lanes.RowInLanes) == in_lanes
     torch.testing.assert_close(layer.forward(x), many)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     y = layer.forward(x[:1])
@@ -54,7 +59,7 @@ def test_one_row_is_the_product(monkeypatch, mode, bias, dtype):
     assert y.dtype == dtype
     if mode == "int4":
         assert torch.equal(y, one)
-        assert isinstance(layer, few_rows.OneRow) == (dtype == torch.bfloat16)
+        assert isinstance(layer, exact_rows.InGraph) == (dtype == torch.bfloat16)
     else:
         assert error(y, x[:1], floats, bias) < 8 * torch.finfo(dtype).eps
 
@@ -64,7 +69,7 @@ def test_one_row_is_the_product(monkeypatch, mode, bias, dtype):
 def test_a_few_rows_of_int8(dtype, shape):
     """Without the rounding of inputs to codes, where scales and sizes allow it."""
     layer, floats, bias = packed("int8", shape=shape, dtype=dtype)
-    few = few_rows.prepared(layer, dtype, one_slot=False)
+    few = few_rows.prepared(layer, dtype, False, True)
     assert isinstance(few, few_rows.FewCodes) == (shape[1] % 16 == 0)
     for rows in (1, 3, few_rows.FEW_ROWS):
         x = randn(rows, 1, shape[1], generator=torch.Generator().manual_seed(rows)).to(dtype)
@@ -79,7 +84,8 @@ def test_a_part_of_a_sum_stays_in_fp32(monkeypatch, mode):
     """Where other ranks have the rest: rounded first, the parts of a sum would err more."""
     layer, floats, _ = packed(mode, bias=False, dtype=torch.bfloat16)
     layer.partial = True
-    layer = few_rows.prepared(layer, torch.bfloat16, one_slot=True)
+    monkeypatch.setattr(few_rows, "LEAST_IN_LANES", 0)
+    layer = few_rows.prepared(layer, torch.bfloat16, True, True)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     x = randn(1, 128).bfloat16()
     y = layer.forward(x)
@@ -93,7 +99,7 @@ def test_codes_out_of_both_kernels(monkeypatch, amx):
         monkeypatch.setattr(module, "AMX", amx)
     tensors = quantize.quantized("int8", randn(96, 128), 0)
     layer = quantize.pack("int8", FAST, dict(tensors))
-    few = few_rows.prepared(layer, torch.float32, one_slot=True)
+    few = few_rows.prepared(layer, torch.float32, True, True)
     assert torch.equal(few.weight, tensors["weight"])
     assert torch.equal(few.scale, tensors["scale"].float().flatten())
 
@@ -103,11 +109,11 @@ def test_which_layers_stay_as_they_are(monkeypatch):
     exact = packed(None, BATCH_INVARIANT)[0]
     eight = packed("int8")[0]
     for layer in (wide, exact):
-        assert few_rows.prepared(layer, torch.float32, True) is layer
+        assert few_rows.prepared(layer, torch.float32, True, True) is layer
     for name in ("FEW_CODES", "MOST_CODES"):
-        assert few_rows.prepared(eight, torch.float32, True) is not eight
+        assert few_rows.prepared(eight, torch.float32, True, True) is not eight
         monkeypatch.setattr(few_rows, name, 96 * 128 - 1)
-    assert few_rows.prepared(eight, torch.float32, True) is eight
+    assert few_rows.prepared(eight, torch.float32, True, True) is eight
 
 
 # ---- with --deterministic
@@ -156,6 +162,19 @@ def test_a_compiled_row_has_the_bits_of_many(mode):
         assert not torch.equal(other, want[3])
 
 
+@needs_compiler
+def test_few_compiled_rows_of_int4_have_the_bits_of_many():
+    """In PyTorch's own op in the graph. The control: leaves in another order."""
+    plain, looped, rows = exact_layers("int4")
+    want = [forward(x)[:, 3:] for forward, x in zip(plain, rows, strict=True)]
+    options = {"cpp.vec_isa_ok": True} | BATCH_INVARIANT.compile_options
+    compiled = torch.compile(of_one_row, fullgraph=True, dynamic=False, options=options)
+    few = [x[:, 3:] for x in rows]
+    assert list(map(torch.equal, compiled(looped, few), want)) == [True] * len(want)
+    looped[4].packed.leaf_weights.reverse()
+    assert not torch.equal(looped[4].packed.forward(few[4]), want[4])
+
+
 def test_the_order_of_a_row_is_probed(monkeypatch):
     """Where pairs are added in another order than that of the instruction, or parts are of other
     sizes, no size is found."""
@@ -195,6 +214,9 @@ def test_leaves_of_int8_apart_have_the_bits_of_stacked_ones(rows):
     assert torch.equal(apart.forward(x), want) == (2 * rows < exact_rows.MANY_ROWS)
 
 
+ASIDE = (few_rows.OneRow, lanes.RowInLanes, exact_rows.InGraph)
+
+
 def loaded(directory, *flags):
     args = cli.parse_args(["--checkpoint_path", str(directory), *flags])
     model, _ = loading.load(args)
@@ -221,8 +243,8 @@ def test_a_compiled_step_calls_no_library_for_floats_and_codes(tmp_path, monkeyp
 
     for several in (False, True):
         args, model = loaded(directory, *quantized, "--compile", *["--prompt_lookup"] * several)
-        asks = several and mode != "int8"  # of which a compiled row is always so
-        assert isinstance(model.layers[0].o.packed, few_rows.OneRow) != asks
+        asks = several and mode is None  # of others a compiled row is always so
+        assert isinstance(model.layers[0].o.packed, ASIDE) != asks
         machine.set_up(model, args.compile, args.compile_prefill)
         got = step(model, cache)
         assert (got - want).abs().max() < 0.03 * want.abs().max()
