@@ -303,9 +303,9 @@ def filled(keys: int, spans) -> int:
 
 
 @functools.cache
-def exact_spans(B: int, G: int, D: int, R: int, dtype, threads: int) -> list[int]:
-    """The spans with which 16 rows at a time are seen to have the bits of the reference, one thread
-    and a row alone with spans of 512, at all lengths, of few and many new tokens; or no span."""
+def exact_spans(B: int, G: int, D: int, R: int, dtype, threads: int) -> tuple:
+    """The spans, if any, with which multiples of 4 rows, or else of 16, have the bits of the
+    reference (a thread, a row of the batch, 16 rows, 512 keys), few and many; and that 4 or 16."""
     T, L = 128, 1024
     q, k = cancelling((1, T, G * R), (1, G, L), D, dtype)
     v = torch.randn(k.shape, generator=torch.Generator().manual_seed(1)).to(dtype)

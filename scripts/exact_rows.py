@@ -94,8 +94,6 @@ def prepared_exactly(packed: Packed, dtype: torch.dtype, one_slot: bool) -> nn.M
     kind = type(packed)
     if kind is Int8Linear:
         return with_exact_codes(packed, one_slot)
-    if kind is Int4Linear and packed.grid_0.dtype == dtype:
-        return InGraph(packed)
     if kind is not LeafPacked or not one_slot or dtype != torch.bfloat16:
         return packed
     N, K = packed.leaf_weights[0].shape

@@ -65,15 +65,20 @@ class FewCodes(OneRow):
         return self.finished(y.view(*x.shape[:-1], -1), x.dtype)
 
 
-def prepare(model: Transformer, one_slot: bool) -> None:
-    """Give the layers of a loaded model what few rows take; with `one_slot`, what one compiled row
-    takes as well. Weights are there twice for that, in as much as half of the memory that is free.
+def prepare(model: Transformer, compiled: bool, one_slot: bool) -> None:
+    """Give the layers of a loaded model what few rows take: also compiled ones, and in one slot one
+    compiled row. Weights are there twice for that, in as much as half of the memory that is free.
     Of more, a float weight leaves its blocks, without which products of several rows take up to
     twice the time, and those of hundreds 1.04 times."""
     if model.device.type != "cpu":
         return
+    one_slot = compiled and one_slot
     fits_twice = model.nbytes < hardware.free_memory() / 2
     for layer in traced_layers(model):
+        if compiled and type(layer.packed) is Int4Linear:
+            # Another grid would be converted at each step, which Inductor does not take there.
+            if layer.packed.grid_0.dtype == layer.dtype:
+                layer.packed = InGraph(layer.packed)
         if type(model.ops) is Fast:
             layer.packed = prepared(layer.packed, layer.dtype, one_slot, fits_twice)
         elif type(model.ops) is BatchInvariant:
@@ -94,9 +99,6 @@ def prepared(packed: Packed, dtype: torch.dtype, one_slot: bool, fits_twice: boo
     kind = type(packed)
     if kind is Int8Linear:
         return with_codes(packed, dtype, one_slot)
-    if kind is Int4Linear and packed.grid_0.dtype == dtype:
-        # Another grid would be converted at each step, which Inductor does not take there.
-        return InGraph(packed)
     if kind is not Packed or not one_slot:
         return packed
     weight = packed.weight.to_dense()

@@ -47,7 +47,7 @@ def load(args, ranks: int | None = None) -> tuple[Transformer, Tokenizer]:
         slices = checkpoint.open_weights(directory, tensor_shapes(model))
         load_weights(model, slices, cli.progress_of("loading"))
     has_drafts = args.prompt_lookup or args.draft_checkpoint_path or args.draft_quantize
-    prepare(model, args.compile and args.batch_size == 1 and not has_drafts)
+    prepare(model, args.compile, one_slot=args.batch_size == 1 and not has_drafts)
     return model, tokenizer
 
 

@@ -49,6 +49,8 @@ def test_one_row_is_the_product(monkeypatch, mode, fits_twice, least, bias, dtyp
     layer, floats, bias = packed(mode, bias=bias, dtype=dtype)
     x = randn(few_rows.FEW_ROWS + 1, 1, 128).to(dtype)
     many, one = layer.forward(x), layer.forward(x[:1])
+    if mode == "int4":
+        layer = exact_rows.InGraph(layer)
     layer = few_rows.prepared(layer, dtype, True, fits_twice)
     in_lanes = mode is None and fits_twice and not least
     assert isinstance(layer, lanes.RowInLanes) == in_lanes
@@ -59,7 +61,6 @@ def test_one_row_is_the_product(monkeypatch, mode, fits_twice, least, bias, dtyp
     assert y.dtype == dtype
     if mode == "int4":
         assert torch.equal(y, one)
-        assert isinstance(layer, exact_rows.InGraph) == (dtype == torch.bfloat16)
     else:
         assert error(y, x[:1], floats, bias) < 8 * torch.finfo(dtype).eps
 
@@ -138,6 +139,7 @@ def exact_layers(mode):
             bias = x[0, :N] if bias else None
             layer = quantize.pack(mode, BATCH_INVARIANT, tensors, bias, leaves)
             plain.append(layer.forward)
+            layer = exact_rows.InGraph(layer) if mode == "int4" else layer
             looped.append(exact_rows.prepared_exactly(layer, BF16, one_slot=True))
             rows.append(x[None])
     return plain, looped, rows
@@ -255,3 +257,15 @@ def test_a_compiled_step_calls_no_library_for_floats_and_codes(tmp_path, monkeyp
                     step(model, cache)
             else:
                 assert torch.equal(step(model, cache), got)
+
+
+@pytest.mark.parametrize("precision, wrapped", [("bf16", True), ("fp32", False)])
+def test_int4_is_in_the_graph_only_where_there_is_one(tmp_path, precision, wrapped):
+    """And its grid, in bfloat16, needs no conversion."""
+    directory = write_checkpoint(tmp_path, num_hidden_layers=1)
+    flags = ["--quantize", "int4", "--precision", precision, "--batch_size", "2"]
+    for more, wanted in ([], False), (["--compile"], wrapped):
+        for exact in ([], ["--deterministic"]):
+            _, model = loaded(directory, *flags, *more, *exact)
+            found = isinstance(model.layers[0].o.packed, exact_rows.InGraph)
+            assert found == wanted
