@@ -24,7 +24,7 @@ from torch import Tensor
 from scripts import drafts, hardware, outputs
 from scripts.checkpoint import Refusal
 from scripts.requests import Request
-from scripts.sampler import Sampler
+from scripts.sampler import Sampler, compile_integer_parts
 
 M_TRIM_THRESHOLD = -1  # names of glibc's mallopt and of Linux's madvise
 M_MMAP_THRESHOLD = -3
@@ -236,6 +236,8 @@ def set_up(model, compile_decode: bool, compile_prefill: bool) -> None:
         model.verify = compiled(model, [3, 4, 2])
         capturable = all(block.capturable for block in model.layers)
         model.graphed = model.device.type == "cuda" and capturable
+        if model.device.type == "cuda":
+            compile_integer_parts()
 
 
 def check_compiler(model) -> None:

@@ -43,11 +43,34 @@ def noise_key(seed: int, sample: int) -> list[int]:
     return keys
 
 
+def noise_words(key_B2: Tensor, pos_B: Tensor, ids_BK: Tensor) -> Tensor:
+    """Two 32-bit words of noise for each id, int64 [2, B, K]."""
+    keys = mix(key_B2 ^ mix(pos_B).unsqueeze(1)).T.unsqueeze(2)
+    return mix(keys ^ mix(ids_BK ^ keys.flip(0)))
+
+
+def sort_keys(bits_BN: Tensor, ids_BN: Tensor) -> Tensor:
+    """Of the bits of fp32 numbers, int32: int64 that ascend as the numbers do, and of equal ones as
+    the ids descend."""
+    bits_BN = torch.where(bits_BN == -(2**31), 0, bits_BN)  # -0 is 0
+    ordered = (bits_BN ^ (bits_BN >> 31 & 0x7FFFFFFF)).long()
+    return ordered << 32 | (WORD - ids_BN)
+
+
+integer_parts = {"noise_words": noise_words, "sort_keys": sort_keys}
+
+
+def compile_integer_parts() -> None:
+    """From now on: a GPU would launch a kernel for each of some fifty operations. Of integers no
+    compiler changes a bit."""
+    for function in (noise_words, sort_keys):
+        integer_parts[function.__name__] = torch.compile(function, fullgraph=True)
+
+
 def gumbel(key_B2: Tensor, pos_B: Tensor, ids_BK: Tensor) -> Tensor:
     """Gumbel noise [B, K], fp32: a pure function of (key, absolute position, vocabulary id). u =
     (hi + lo 2^-32) 2^-32 keeps its resolution near zero, where the large values come from."""
-    keys = mix(key_B2 ^ mix(pos_B)[:, None]).T[:, :, None]
-    hi, lo = mix(keys ^ mix(ids_BK ^ keys.flip(0))).float()
+    hi, lo = integer_parts["noise_words"](key_B2, pos_B, ids_BK).float()
     u = hi * 2**-32 + (lo + 0.5) * 2**-64
     return -torch.log(-torch.log1p(-u.clamp(max=1 - 2**-24)))
 
@@ -70,9 +93,8 @@ def top(logits_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def largest(values_BN: Tensor, ids_BN: Tensor, k: int) -> Tensor:
     """Which ids have the k largest fp32 values, by (value descending, id ascending): packed into
     one integer no two are alike."""
-    bits = (values_BN + 0.0).view(torch.int32)  # adding 0 turns -0 into 0
-    ordered = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long()
-    return WORD - ((ordered << 32 | (WORD - ids_BN)).topk(k).values & WORD)
+    keys_BN = integer_parts["sort_keys"](values_BN.view(torch.int32), ids_BN)
+    return WORD - (keys_BN.topk(k).values & WORD)
 
 
 def rounded_up(size: int) -> int:

@@ -67,6 +67,30 @@ def test_noise_keyed_by_all():
     assert torch.equal(together, torch.cat(rows))
 
 
+def test_integers_are_alike_compiled(monkeypatch):
+    """As a GPU has them. The negative control: with floats in place of integers bits differ."""
+    monkeypatch.setattr(sampling, "integer_parts", dict(sampling.integer_parts))
+    keys = torch.randint(2**32, (5, 2), generator=seeded(0))
+    ids = torch.randint(2**17, (5, 300), generator=seeded(1))
+    values = torch.randn(5, 300, generator=seeded(2)).repeat(1, 2)
+    values[0, :7] = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45])
+    given = {
+        "noise_words": (keys, torch.tensor([0, 1, 7, 500, 131071]), ids),
+        "sort_keys": (values.view(torch.int32), ids.repeat(1, 2)),
+    }
+    parts = dict(sampling.integer_parts)
+    assert parts.keys() == given.keys()
+    sampling.compile_integer_parts()
+    for name, compiled in sampling.integer_parts.items():
+        assert compiled is not parts[name]
+        assert torch.equal(compiled(*given[name]), parts[name](*given[name]))
+
+    def scaled(x):
+        return x.exp() / 3 + x * 1.7
+
+    assert not torch.equal(torch.compile(scaled)(values[1:]), scaled(values[1:]))
+
+
 @pytest.mark.parametrize("word", [0, sampling.WORD], ids=["zero", "ones"])
 def test_noise_finite_at_the_ends(monkeypatch, word):
     """u rounds neither to 0 nor to 1, and resolves far less than 2^-24: the noise is finite, at
