@@ -247,7 +247,7 @@ def exact_tiles(N: int, K: int, dtype: torch.dtype, threads: int, leaves=1) -> l
 def write_cache(k_BTGD, v_BTGD, k_cache, v_cache, pos_BT: Tensor) -> None:
     """Put new keys and values into [B, G, L, D] at their positions, before anyone attends."""
     for new, cache in ((k_BTGD, k_cache), (v_BTGD, v_cache)):
-        if len(pos_BT) == 1:
+        if len(pos_BT) == 1 and not cache.is_cuda:  # for which a compiler writes both at once
             cache.index_copy_(2, pos_BT[0], new.transpose(1, 2))
         else:
             rows = torch.arange(len(pos_BT), device=pos_BT.device)[:, None]
@@ -349,16 +349,15 @@ def attend_in_loops(q_BTHD, k_BGLD, v_BGLD, bias, scale: float) -> Tensor:
 
 
 ATTENTION = "Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor pos"
+ATTENTION += ", Tensor bias, Tensor limit, int[] spans, int rows, float scale"
+GPU_ATTENTION = "Tensor q, Tensor k, Tensor v, Tensor pos, int mask, Tensor heads, float scale"
 
 
 def like_attention(q, *others):
     return q.new_empty(*q.shape[:2], q[0, 0].numel())
 
 
-@opaque(
-    f"attend({ATTENTION}, Tensor bias, Tensor limit, int[] spans, int rows, float scale) -> Tensor",
-    like_attention,
-)
+@opaque(f"attend({ATTENTION}) -> Tensor", like_attention)
 def cpu_attention(q, k, v, k_cache, v_cache, pos, bias, limit, spans, rows, scale):
     """One recipe for prefill, decode and verify."""
     write_cache(k, v, k_cache, v_cache, pos)
@@ -571,9 +570,9 @@ class TritonPacked(Packed):
         return y
 
 
-@opaque(f"triton_attention({ATTENTION}, int mask, Tensor h, float scale) -> Tensor", like_attention)
-def triton_attention(q, k, v, k_cache, v_cache, pos, mask, heads, scale):
-    write_cache(k, v, k_cache, v_cache, pos)
+@opaque(f"triton_attention({GPU_ATTENTION}) -> Tensor", like_attention)
+def triton_attention(q, k_cache, v_cache, pos, mask, heads, scale):
+    """Over caches that have the new keys and values."""
     kernels = triton_kernels()
     kind, mask_mod = list(masks)[mask]
     mask = (mask_mod,) if isinstance(mask_mod, tuple) else ()
@@ -638,13 +637,14 @@ class Fast:
 
     def attention(self, q_BTHD, k_BTGD, v_BTGD, k_cache, v_cache, pos_BT, mask, scale) -> Tensor:
         """[B, T, H * D]. New keys and values are first written to the caches [B, G, L, D]."""
-        tensors = (q_BTHD, k_BTGD, v_BTGD, k_cache, v_cache, pos_BT)
+        tensors = (k_BTGD, v_BTGD, k_cache, v_cache, pos_BT)
         if k_cache.is_cuda:
-            return triton_attention(*tensors, *mask, scale)
+            write_cache(*tensors)
+            return triton_attention(q_BTHD, *tensors[2:], *mask, scale)
         bias, _, spans, _ = mask
         if not torch.compiler.is_compiling() or q_BTHD.shape[1] > 1 or not spans:
-            return cpu_attention(*tensors, *mask, scale)
-        write_cache(*tensors[1:])
+            return cpu_attention(q_BTHD, *tensors, *mask, scale)
+        write_cache(*tensors)
         if self.exact:
             return attend(q_BTHD, k_cache, v_cache, *mask, scale)
         return attend_in_loops(q_BTHD, k_cache, v_cache, bias, scale)

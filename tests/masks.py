@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import kernels
 from kernels import FAST
 
 tl = pytest.importorskip("triton.language")
@@ -16,6 +17,12 @@ def on_gpu(mask_mod, G, R, device="cpu", ops=FAST):
     """What a model gives to attention of G KV heads with R queries each."""
     heads_GR = torch.arange(G * R, device=device).view(G, R)
     return ops.mask(mask_mod, GPU, 64, heads_GR, None)
+
+
+def attend(q, k, v, k_cache, v_cache, pos, mask, scale):
+    """What a GPU does with new keys and values."""
+    kernels.write_cache(k, v, k_cache, v_cache, pos)
+    return kernels.triton_attention(q, k_cache, v_cache, pos, *mask, scale)
 
 
 class Sinks(NamedTuple):

@@ -111,7 +111,7 @@ def test_decode_and_chunks_have_the_bits_of_prefill(G, R, D, mask_mod, dtype):
     def attend(start, end, rows=slice(0, B)):
         new = (x[rows, start:end] for x in (q, k, v))
         own = (cache[rows] for cache in caches)
-        return kernels.triton_attention(*new, *own, pos[rows, start:end], *mask, D**-0.5)
+        return masks.attend(*new, *own, pos[rows, start:end], mask, D**-0.5)
 
     whole = attend(0, T)
     singles = (0, 63, 511, 512, 700, 1023, 1024, 1099)
@@ -126,10 +126,10 @@ def test_another_split_size_changes_bits(monkeypatch):
     q, k, v = (randn(1, 1, 4, 64, dtype=torch.float32) for _ in range(3))
     caches = [randn(1, 4, 1152, 64, dtype=torch.float32) for _ in "kv"]
     mask = masks.on_gpu(causal, 4, 1, DEVICE)
-    args = (q, k, v, *caches, torch.tensor([[1100]], device=DEVICE), *mask, 0.125)
-    want = kernels.triton_attention(*args)
+    args = (q, k, v, *caches, torch.tensor([[1100]], device=DEVICE), mask, 0.125)
+    want = masks.attend(*args)
     monkeypatch.setattr(kernels, "SPLIT", 256)
-    assert not torch.equal(kernels.triton_attention(*args), want)
+    assert not torch.equal(masks.attend(*args), want)
 
 
 # ---- one row at a time
@@ -163,7 +163,7 @@ def test_compiled_and_captured_equal_eager():
     mask = masks.on_gpu(causal, 2, 4, DEVICE)
 
     def layer(q, k, v, pos):
-        y = kernels.triton_attention(q, k, v, *caches, pos, *mask, 0.125)
+        y = masks.attend(q, k, v, *caches, pos, mask, 0.125)
         return kernels.gpu_rms_norm(packed(y).float(), packed.weight[0].float(), 1e-5)
 
     args = [randn(1, 1, heads, 64, dtype=DTYPES[0]) for heads in (8, 2, 2)]

@@ -247,7 +247,7 @@ def run(case, mask_mod=causal, ops=FAST):
     caches = k_cache.clone(), v_cache.clone()
     G = k.shape[2]
     mask = masks.on_gpu(mask_mod, G, q.shape[2] // G, DEVICE, ops)
-    return kernels.triton_attention(q, k, v, *caches, pos, *mask, q.shape[3] ** -0.5)
+    return masks.attend(q, k, v, *caches, pos, mask, q.shape[3] ** -0.5)
 
 
 def attention_in_fp64(case, mask_mod):
@@ -434,7 +434,7 @@ def test_compiled_graphs_call_the_kernels_whole():
     mask = masks.on_gpu(causal, 1, 3, DEVICE)
 
     def layer(q, k, v, k_cache, v_cache, pos):
-        y = kernels.triton_attention(q, k, v, k_cache, v_cache, pos, *mask, 0.25)
+        y = masks.attend(q, k, v, k_cache, v_cache, pos, mask, 0.25)
         return kernels.gpu_rms_norm(packed(y), packed.weight[0], 1e-5)
 
     want = layer(*(x.clone() for x in case))
