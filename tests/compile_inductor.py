@@ -1,6 +1,7 @@
 """Have Inductor write the Triton kernels of a block of the model for a card that need not be there,
 compile them, and print of each: settings, kernel, kinds of division in its PTX, and how many
-multiplications it fuses with an addition.
+multiplications it fuses with an addition. Then, of two op tables, how many kernels a layer
+launches, and how many the integer parts of the sampler do.
 
 python tests/compile_inductor.py 80 89 90
 
@@ -22,6 +23,8 @@ from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import config
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops
+from torch._inductor.fx_utils import FakeTensorUpdater
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers, triton_heuristics
 from torch._inductor.runtime.hints import DeviceProperties
@@ -33,6 +36,7 @@ from triton.compiler import ASTSource
 
 import kernels
 from model import Transformer
+from scripts import row_kernels, sampler
 from scripts.loading import read_config
 
 # With its number: without one, PyTorch would ask for the current device.
@@ -51,6 +55,8 @@ SETTINGS = {
     "rms_norm_eps": 1e-5,
 }
 
+LLAMA = {"architectures": ["LlamaForCausalLM"]}
+
 
 class Driver:
     """Stands in for the driver of a card, as far as code is only written and compiled."""
@@ -66,7 +72,8 @@ def like_queries(q, k, v):
     return q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3])
 
 
-attend = kernels.opaque("attend_all(Tensor q, Tensor k, Tensor v) -> Tensor", like_queries)(None)
+SCHEMA = "attend_all(Tensor q, Tensor k_cache, Tensor v_cache) -> Tensor"
+attend = kernels.opaque(SCHEMA, like_queries)(None)
 
 
 def like_products(x, shape, dtype):
@@ -77,16 +84,30 @@ SCHEMA = "product(Tensor x, int[] shape, ScalarType? dtype) -> Tensor"
 product = kernels.opaque(SCHEMA, like_products)(None)
 
 
-class OpaqueOps(kernels.BatchInvariant):
-    """With ops that write to no cache and have no handle: the model's own cannot be traced in this
-    way."""
+class OpaqueOps(kernels.Fast):
+    """With ops that have no handle and no mask: the model's own cannot be traced in this way."""
 
-    def attention(self, q, k, v, *others):
-        return attend(q, k, v)
+    def attention(self, q, k, v, k_cache, v_cache, pos, rows, scale):
+        """Writes to the caches as kernels.write_cache does, which would ask for a card."""
+        for new, cache in ((k, k_cache), (v, v_cache)):
+            torch.ops.aten.index_put_(cache, [rows, None, pos], new)
+        return attend(q, k_cache, v_cache)
 
     def linear(self, x, packed):
         y = product(x, packed.shape, packed.sum_dtype)
         return y if packed.leaves == 1 else kernels.add_leaves(y.unbind(-2), packed.bias)
+
+
+class FastOps(OpaqueOps, kernels.Fast):
+    pass
+
+
+class ExactOps(OpaqueOps, kernels.BatchInvariant):
+    pass
+
+
+class RowOps(OpaqueOps, row_kernels.RowKernels):
+    pass
 
 
 @contextlib.contextmanager
@@ -116,28 +137,47 @@ def pretend(arch: int):
         yield
 
 
-def trace_block(directory: str):
+def trace_block(directory: str, ops: kernels.Fast, settings: dict = SETTINGS):
     """The graph of one block in bfloat16, of three rows, what it is given, and the mode in which
     nothing is computed."""
     path = Path(directory, "config.json")
-    path.write_text(json.dumps(SETTINGS))
+    path.write_text(json.dumps(settings))
     llama = read_config(path)
     mode = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        model = Transformer(llama, OpaqueOps(), CARD, torch.bfloat16)
+        model = Transformer(llama, ops, CARD, torch.bfloat16)
         options = {"device": CARD, "dtype": torch.bfloat16}
         for layer in model.loaders:
             layer.load([torch.empty(shape, **options) for shape in layer.shapes.values()])
-        x = torch.empty(3, 1, SETTINGS["hidden_size"], device=CARD)
-        cos = torch.empty(3, 1, 1, SETTINGS["head_dim"] // 2, device=CARD)
-        given = [x, cos, torch.empty_like(cos)]
+        D = settings["head_dim"]
+        x = torch.empty(3, 1, settings["hidden_size"], device=CARD)
+        cos = torch.empty(3, 1, 1, D // 2, device=CARD)
+        pos, rows = torch.empty(2, 3, 1, device=CARD, dtype=torch.int64).unbind()
+        caches = torch.empty(2, 3, settings["num_key_value_heads"], 512, D, **options).unbind()
+        given = [x, pos, cos, torch.empty_like(cos), rows, *caches]
 
-    def block(x, cos, sin):
-        return model.layers[0](x, None, cos, sin, None, None, None)
+    def block(*given):
+        return model.layers[0](*given)
 
     traced = make_fx(torch.func.functionalize(block), decomposition_table=select_decomp_table())
     with mode, mock.patch("torch.compiler.is_compiling", return_value=True):
-        return traced(*given), given, mode
+        graph = traced(*given)
+    with V.set_fake_mode(mode):
+        reinplace_inplaceable_ops(FakeTensorUpdater(graph), graph.graph)
+    graph.recompile()
+    return graph, given, mode
+
+
+def trace_integers(name: str):
+    """The graph of a part of the sampler for three rows of 64 candidates."""
+    function = getattr(sampler, name)
+    mode = fake_tensor.FakeTensorMode()
+    with mode:
+        shapes = [(3, 2), (3,), (3, 64)] if name == "noise_words" else [(3, 64)] * 2
+        given = [torch.empty(shape, device=CARD, dtype=torch.int64) for shape in shapes]
+        if name == "sort_keys":
+            given[0] = given[0].int()
+        return make_fx(function, decomposition_table=select_decomp_table())(*given), given, mode
 
 
 def write_kernels(graph, given, mode, options: dict) -> str:
@@ -147,6 +187,14 @@ def write_kernels(graph, given, mode, options: dict) -> str:
         with V.set_graph_handler(lowering), DebugContext():
             lowering.run(*given)
             return lowering.codegen()[0].value
+
+
+def count_launches(text: str) -> int:
+    """Of the module that Inductor writes: its own kernels, and those of the ops that it calls."""
+    attention = 2  # every program has a part of the keys, and then the parts are added
+    own = len(re.findall(r"^\s+triton_\w+\.run\(", text, re.M))
+    called = re.findall(r"^\s+buf\d+ = torch\.ops\.gpt_exact\.(\w+)", text, re.M)
+    return own + len(called) + (attention - 1) * called.count("attend_all")
 
 
 def read_kernels(text: str, directory: str) -> list[tuple]:
@@ -194,13 +242,21 @@ def settings() -> dict[str, dict]:
 def main() -> None:
     for arch in map(int, sys.argv[1:]):
         with pretend(arch), tempfile.TemporaryDirectory() as directory:
-            traced = trace_block(directory)
+            traced = trace_block(directory, ExactOps())
             for name, options in settings().items():
                 for function, meta in read_kernels(write_kernels(*traced, options), directory):
                     ptx = compile_kernel(function, meta, arch)
                     divisions = ", ".join(sorted(set(re.findall(r"div\.\w+\.f32", ptx))))
                     fused = len(re.findall(r"\bfma\.", ptx))
                     print(arch, name, function.__name__, divisions, fused, sep="|")
+
+            for ops in FastOps(), RowOps(torch.bfloat16):
+                traced = trace_block(directory, ops, SETTINGS | LLAMA)
+                text = write_kernels(*traced, ops.compile_options)
+                print(arch, "launches", type(ops).__name__, "", count_launches(text), sep="|")
+            for name in sampler.integer_parts:
+                text = write_kernels(*trace_integers(name), {})
+                print(arch, "launches", name, "", count_launches(text), sep="|")
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kernels
+from scripts import row_kernels
 from tests import masks
 
 WHOLE = "i32"
 VARIES = ("M", "T", "L")  # a call's own, no multiple of anything
+ANYWHERE = {"rms_norm": ("x", "weight", "y")}  # pointers that a kernel takes as they come
 LAUNCHES = dict(kernels.TritonPacked.LAUNCHES)
 LAUNCHES["16, few"] = LAUNCHES[16] | {"num_stages": 7}
 DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -62,7 +64,8 @@ def compile_kernel(arch: int, function, options, constants: dict, types: dict) -
     for i, name in enumerate(function.arg_names):
         kind = "constexpr" if name in constants else types[name]
         signature[name] = kind
-        if kind[:1] in ("*", "i") and name not in VARIES:
+        varies = VARIES + ANYWHERE.get(function.__name__, ())
+        if kind[:1] in ("*", "i") and name not in varies:
             attributes[(i,)] = [["tt.divisibility", 16]]
     placed = {(function.arg_names.index(name),): x for name, x in constants.items()}
     source = ASTSource(function, signature, placed, attributes)
@@ -133,6 +136,18 @@ def compile_attention(
     return compile_kernel(arch, function, options, constants, types)
 
 
+def compile_row_kernels(arch: int) -> dict[str, Compiled]:
+    """By name, of rows of 4096 numbers in fp32, and of twice 14336 in bfloat16."""
+    functions = row_kernels.row_kernels()
+    options = {"num_warps": 4}
+    types = {"x": "*fp32", "weight": "*fp32", "y": "*bf16", "eps": "fp32", "n": WHOLE}
+    norm = compile_kernel(arch, functions.rms_norm, options, {"N_PAD": 4096}, types)
+    types = {"gate_up": "*bf16", "y": "*bf16", "n": WHOLE}
+    block = {"BLOCK": row_kernels.BLOCK}
+    silu = compile_kernel(arch, functions.silu_mul, options, block, types)
+    return {"rms_norm": norm, "silu_mul": silu}
+
+
 def describe_product(made: Compiled) -> list:
     """Loads ahead of their use and not, kinds of products, numbers side by side along k, length of
     the loop."""
@@ -165,6 +180,10 @@ def describe_kernels(arch: int) -> None:
             how = f"no {absent}"
             row = (arch, "attention", kind, how, made.shared, spilled(made), *[""] * 4)
             print(*row, length_of_loop(made), sep="|")
+
+    for name, made in compile_row_kernels(arch).items():
+        divisions = ", ".join(re.findall(r"div\.\w+\.f32", made.ptx))
+        print(arch, name, "", "", made.shared, spilled(made), *[""] * 2, divisions, "", "", sep="|")
 
     for mask in (masks.Sinks(4, 21), masks.odd_or_near) if arch == 90 else ():
         made = compile_attention(arch, functions.attention, "*bf16", 64, 2, "parts", mask)

@@ -12,7 +12,7 @@ import torch
 import kernels
 from kernels import BATCH_INVARIANT, SlidingWindow, TritonPacked, causal
 from model import Transformer
-from scripts import machine
+from scripts import machine, row_kernels
 from scripts.loading import read_config
 
 masks = pytest.importorskip("tests.masks")  # where there is Triton
@@ -142,7 +142,10 @@ def test_norms_and_log_softmax_do_not_depend_on_other_rows(n):
     def norm(x):
         return kernels.gpu_rms_norm(x, weight, 1e-5)
 
-    for op in (norm, BATCH_INVARIANT.log_softmax):
+    def own_norm(x):
+        return row_kernels.rms_norm(x, weight, 1e-5, torch.float32)
+
+    for op in (norm, own_norm, BATCH_INVARIANT.log_softmax):
         want = op(x)
         for M in ROWS:
             assert torch.equal(op(x[:M]), want[:M])
@@ -230,6 +233,7 @@ def test_a_compiled_model_equals_eager(dtype, mode, tmp_path):
     path.write_text(json.dumps(SETTINGS))
     model = Transformer(read_config(path, mode), BATCH_INVARIANT, DEVICE, dtype)
     machine.randomize(model)
+    row_kernels.put_in(model)
     fast = copy.copy(model)
     machine.set_up(fast, True, True)
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ import torch
 
 import kernels
 from kernels import BATCH_INVARIANT, FAST, SlidingWindow, TritonPacked, add_leaves, causal
+from scripts import row_kernels
 
 masks = pytest.importorskip("tests.masks")  # where there is Triton
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -417,6 +418,35 @@ def test_rms_norm_against_fp64(n):
         assert same(kernels.gpu_rms_norm(x[b, t], weight, 1e-5), got[b, t])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("n", [16, 77, 5000])
+def test_row_kernels_against_fp64(n, dtype):
+    """Rows that begin anywhere, and those of a table whose rows do not follow each other."""
+    x, weight = randn(2, 5, n)[:, 1:], randn(n)
+    wide = x.double()
+    root = (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert_close(row_kernels.rms_norm(x, weight, 1e-5, dtype), wide / root * weight.double())
+
+    gate_up = (3 * randn(2, 5, 2 * n)[:, 1:]).to(dtype)
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    assert_close(row_kernels.silu_mul(gate_up), gate * gate.sigmoid() * up)
+    extreme = torch.tensor([[-200.0, 200.0, -0.0, 3.0, 1.0, 5.0]], device=DEVICE, dtype=dtype)
+    assert row_kernels.silu_mul(extreme).tolist() == [[0.0, 200.0, 0.0]]
+
+
+def test_a_row_alone_has_the_bits_of_row_kernels():
+    n = 1001
+    x, weight, gate_up = randn(2, 5, n)[:, 1:], randn(n), randn(2, 5, 2 * n)[:, 1:]
+    normed = row_kernels.rms_norm(x, weight, 1e-5, torch.float32)
+    gated = row_kernels.silu_mul(gate_up)
+    for b, t in itertools.product(range(2), range(4)):
+        alone = row_kernels.rms_norm(x[b, t], weight, 1e-5, torch.float32)
+        assert same(alone, normed[b, t])
+        assert same(row_kernels.silu_mul(gate_up[b, t]), gated[b, t])
+    # A negative control: PyTorch's kernel adds in another order.
+    assert not same(kernels.gpu_rms_norm(x, weight, 1e-5), normed)
+
+
 @pytest.mark.parametrize("n", [5, 4096, 9001])
 def test_log_softmax_against_fp64(n):
     logits = randn(3, n) * 5
@@ -435,7 +465,9 @@ def test_compiled_graphs_call_the_kernels_whole():
 
     def layer(q, k, v, k_cache, v_cache, pos):
         y = masks.attend(q, k, v, k_cache, v_cache, pos, mask, 0.25)
-        return kernels.gpu_rms_norm(packed(y), packed.weight[0], 1e-5)
+        y = kernels.gpu_rms_norm(packed(y), packed.weight[0], 1e-5)
+        y = row_kernels.rms_norm(y, packed.weight[1], 1e-5, torch.float16)
+        return row_kernels.silu_mul(y)
 
     want = layer(*(x.clone() for x in case))
     caches = [x.clone() for x in case]
