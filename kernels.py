@@ -369,12 +369,21 @@ def cpu_attention(q, k, v, k_cache, v_cache, pos, bias, limit, spans, rows, scal
         return torch.cat([attend(*row, limit, [512], rows, scale) for row in alone])
 
 
-exp = opaque("exp(Tensor x) -> Tensor", torch.empty_like)(torch.exp)
+@opaque("sigmoid(Tensor x) -> Tensor", torch.empty_like)
+def sigmoid(x: Tensor) -> Tensor:
+    """At the end of a thread's part, numbers that fill no vector would have a formula of their own:
+    parts are whole vectors, and too few for a second thread."""
+    y = fill_up(x, 0, -x.shape[-1] % 32)
+    y = y.clone(memory_format=torch.contiguous_format)
+    size = y.numel() if y.is_cuda else 1 << 14
+    for part in y.view(-1).split(size):
+        part.sigmoid_()
+    return y[..., : x.shape[-1]]
 
 
-@opaque("vector_norm(Tensor x) -> Tensor", lambda x: torch.empty_like(x[..., :1]))
-def vector_norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+@opaque("row_sum(Tensor x) -> Tensor", lambda x: torch.empty_like(x[..., :1]))
+def row_sum(x: Tensor) -> Tensor:
+    return x.sum(-1, keepdim=True)
 
 
 @opaque("norm(Tensor x, Tensor weight, float eps) -> Tensor", lambda x, *_: x.new_empty(x.shape))
@@ -669,13 +678,12 @@ class BatchInvariant(Fast):
     def rms_norm(self, x, weight, eps):
         if x.is_cuda:
             return gpu_rms_norm(x, weight, eps)
-        length = vector_norm(x)
-        mean = length * length * (1 / x.shape[-1])
+        mean = row_sum(x * x) * (1 / x.shape[-1])
         return (x * (mean + eps).rsqrt()).mul_(weight)
 
     def silu_mul(self, gate_up):
         gate, up = gate_up.float().chunk(2, dim=-1)
-        return (gate / exp(-gate).add_(1)).mul_(up).to(gate_up.dtype)
+        return (sigmoid(gate) * gate).mul_(up).to(gate_up.dtype)
 
     def log_softmax(self, logits):
         # On a GPU, a block of threads adds up a row by the alignment of its first number.

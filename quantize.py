@@ -36,7 +36,6 @@ class Int8Linear(Packed):
         return {"weight": codes.to(torch.int8), "scale": scale}
 
     def pack(self, weight: Tensor, scale: Tensor, exact: bool) -> None:
-        self.expands = AMX and not exact
         # Leaves are stacked: one quick product of them all and those of an input has all we want.
         weight = torch.cat(weight.chunk(self.leaves, 1))
         scale = scale.float().flatten().repeat(self.leaves)
@@ -56,9 +55,6 @@ class Int8Linear(Packed):
         return self.op(codes, 1.0, 64, *self.packed)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.expands and x.shape[:-1].numel() >= 64 and not torch.compiler.is_compiling():
-            if x.dtype != torch.float16:  # which could not hold the sums of codes
-                return self.expanded_product(x)
         x_GK = x.unflatten(-1, (self.leaves, -1)).float()
         step = x_GK.abs().amax(-1, keepdim=True).clamp(min=1e-30) * (1 / 63)
         steps = x_GK / step
@@ -77,11 +73,6 @@ class Int8Linear(Packed):
         sums = opaque_linear(codes.flatten(0, -2), self.handle, outputs, torch.float32)
         sums = sums.view(*codes.shape[:-1], self.leaves, -1)
         return sums.diagonal(dim1=-3, dim2=-2).mT  # of each leaf, with its own part of the input
-
-    def expanded_product(self, x: Tensor) -> Tensor:
-        weight = self.weight.to_dense().to(x.dtype)
-        y = x @ weight * self.scale.to(x.dtype)
-        return y if self.bias is None else (y + self.bias).to(x.dtype)
 
 
 class Int4Linear(Packed):

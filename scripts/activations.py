@@ -5,7 +5,7 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import exp
+from kernels import sigmoid
 from model import FeedForward
 
 
@@ -19,6 +19,6 @@ class GeluFeedForward(FeedForward):
         if not self.ops.exact:
             return F.gelu(gate, approximate="tanh") * up
         gate, up = gate.float(), up.float()
-        # (1 + tanh u) / 2 = 1 / (1 + exp(-2 u)), of which exp is opaque to a compiler.
+        # (1 + tanh u) / 2 is the sigmoid of 2 u, which is opaque to a compiler.
         twice_u = (gate + gate * gate * gate * 0.044715) * math.sqrt(8 / math.pi)
-        return (gate / (exp(-twice_u) + 1) * up).to(gate_up.dtype)
+        return (sigmoid(twice_u) * gate * up).to(gate_up.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kernels import BatchInvariant, Fast, Packed
 from model import Linear, Transformer
-from quantize import Int4Linear, Int8Linear
+from quantize import AMX, Int4Linear, Int8Linear
 from scripts import hardware
 from scripts.exact_rows import MOST_CODES, InGraph, codes_of, prepared_exactly
 from scripts.lanes import LANES, RowInLanes
@@ -20,6 +20,7 @@ MOST_INPUTS = 4096  # of more, a row does not stay in a core's first cache
 LEAST_IN_LANES = 2 << 20  # bytes of a weight that gains by them
 MOST_IN_TURN = 1024  # numbers that are added up in turn
 FEW_CODES, FEW_ROWS = 2 << 20, 8  # so many at most for the product of floats with codes
+MANY_ROWS = 64  # from which on AMX multiplies floats in less time than codes
 
 
 class OneRow(nn.Module):
@@ -63,6 +64,24 @@ class FewCodes(OneRow):
         rows = x.flatten(0, -2).contiguous()
         y = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
         return self.finished(y.view(*x.shape[:-1], -1), x.dtype)
+
+
+class ManyCodes(nn.Module):
+    """A weight in 8 bits on a processor with AMX, where many rows in eager code take it expanded.
+    In fp16 sums of codes would not fit."""
+
+    def __init__(self, packed: Int8Linear):
+        super().__init__()
+        self.packed = packed
+        self.bias, self.partial = packed.bias, packed.partial
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_few = x.shape[:-1].numel() < MANY_ROWS
+        if is_few or torch.compiler.is_compiling() or x.dtype == torch.float16:
+            return self.packed.forward(x)
+        codes = self.packed.weight.to_dense().to(x.dtype)
+        y = x @ codes * self.packed.scale.to(x.dtype)
+        return y if self.bias is None else (y + self.bias).to(x.dtype)
 
 
 def prepare(model: Transformer, compiled: bool, one_slot: bool) -> None:
@@ -118,6 +137,7 @@ def prepared(packed: Packed, dtype: torch.dtype, one_slot: bool, fits_twice: boo
 def with_codes(packed: Int8Linear, dtype: torch.dtype, one_slot: bool) -> nn.Module:
     """With its codes, int8 [N, K], and scales [N], if they are few."""
     codes, scale = codes_of(packed)
+    packed = ManyCodes(packed) if AMX else packed
     # The product of floats with codes takes scales of their dtype, and reads 16 inputs at a time.
     same = scale.to(dtype)
     if codes.numel() <= FEW_CODES and codes.shape[1] % 16 == 0 and torch.equal(same.float(), scale):

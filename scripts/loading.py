@@ -15,7 +15,7 @@ from scripts import checkpoint, cli, defaults, download, drafts, machine
 from scripts.configuration import read_config, read_shape
 from scripts.few_rows import prepare
 from scripts.ranks import together
-from scripts.row_kernels import put_in
+from scripts.row_loops import put_in
 from scripts.tokenizer import Tokenizer
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -47,10 +47,9 @@ def load(args, ranks: int | None = None) -> tuple[Transformer, Tokenizer]:
     else:
         slices = checkpoint.open_weights(directory, tensor_shapes(model))
         load_weights(model, slices, cli.progress_of("loading"))
-    if device.type == "cuda":
-        put_in(model)
     has_drafts = args.prompt_lookup or args.draft_checkpoint_path or args.draft_quantize
     prepare(model, args.compile, one_slot=args.batch_size == 1 and not has_drafts)
+    put_in(model)
     return model, tokenizer
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from kernels import BatchInvariant, opaque
-from model import Transformer
 
 BLOCK = 1024  # numbers that one program of silu_mul has
 
@@ -87,11 +86,3 @@ class RowKernels(BatchInvariant):
 
     def silu_mul(self, gate_up):
         return silu_mul(gate_up)
-
-
-def put_in(model: Transformer) -> None:
-    """Give a model on a GPU this op table in place of BATCH_INVARIANT."""
-    ops = RowKernels(model.dtype)
-    for module in model.modules():
-        if type(getattr(module, "ops", None)) is BatchInvariant:
-            module.ops = ops

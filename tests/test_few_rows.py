@@ -96,13 +96,31 @@ def test_a_part_of_a_sum_stays_in_fp32(monkeypatch, mode):
 
 @pytest.mark.parametrize("amx", [True, False])
 def test_codes_out_of_both_kernels(monkeypatch, amx):
-    for module in (quantize, exact_rows):
+    for module in (quantize, exact_rows, few_rows):
         monkeypatch.setattr(module, "AMX", amx)
     tensors = quantize.quantized("int8", randn(96, 128), 0)
     layer = quantize.pack("int8", FAST, dict(tensors))
     few = few_rows.prepared(layer, torch.float32, True, True)
     assert torch.equal(few.weight, tensors["weight"])
     assert torch.equal(few.scale, tensors["scale"].float().flatten())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_rows_of_int8_with_amx(monkeypatch, dtype):
+    """They are products of floats, without the rounding of inputs to codes, but in fp16."""
+    for module in (quantize, exact_rows, few_rows):
+        monkeypatch.setattr(module, "AMX", True)
+    layer, floats, bias = packed("int8", dtype=dtype)
+    prepared = few_rows.prepared(layer, dtype, False, True)
+    x = randn(few_rows.MANY_ROWS, 1, 128).to(dtype)
+    with_codes = error(layer.forward(x), x, floats, bias)
+    y = prepared.forward(x)
+    assert y.dtype == dtype
+    as_floats = error(y, x, floats, bias)
+    if dtype == torch.float32:
+        assert as_floats < 1e-5 < with_codes
+    assert as_floats < 8 * torch.finfo(dtype).eps + with_codes
+    assert torch.equal(y, layer.forward(x)) == (dtype == torch.float16)
 
 
 def test_which_layers_stay_as_they_are(monkeypatch):

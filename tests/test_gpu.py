@@ -12,7 +12,7 @@ import torch
 import kernels
 from kernels import BATCH_INVARIANT, SlidingWindow, TritonPacked, causal
 from model import Transformer
-from scripts import machine, row_kernels
+from scripts import machine, row_kernels, row_loops
 from scripts.loading import read_config
 
 masks = pytest.importorskip("tests.masks")  # where there is Triton
@@ -233,7 +233,7 @@ def test_a_compiled_model_equals_eager(dtype, mode, tmp_path):
     path.write_text(json.dumps(SETTINGS))
     model = Transformer(read_config(path, mode), BATCH_INVARIANT, DEVICE, dtype)
     machine.randomize(model)
-    row_kernels.put_in(model)
+    row_loops.put_in(model)
     fast = copy.copy(model)
     machine.set_up(fast, True, True)
     torch.manual_seed(0)
