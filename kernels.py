@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-AMX = torch.cpu._is_amx_tile_supported()  # 16 rows are as quick as one
-
 
 class InputError(ValueError):
     """The user gave something that cannot work; the message is the line that they read."""
@@ -128,18 +126,11 @@ class Packed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + b, in the dtype of x; in fp32 where it is a sum of leaves."""
-        shape = self.shape_of(x)
         if torch.compiler.is_compiling() and self.opaque:
-            y = opaque_linear(x, self.handle, shape, self.sum_dtype)
+            y = opaque_linear(x, self.handle, self.shape, self.sum_dtype)
         else:
             y = self.products(x)
-        if len(shape) == 3:  # of the products of each leaf, those with its own part of x
-            y = y.diagonal(dim1=-3, dim2=-2).mT
         return y if self.leaves == 1 else add_leaves(y.unbind(-2), self.bias)
-
-    def shape_of(self, x: Tensor) -> tuple[int, ...]:
-        """Of what `products` returns for a row of x."""
-        return self.shape
 
 
 @opaque(
@@ -153,40 +144,21 @@ def opaque_linear(x: Tensor, handle: Tensor, shape, dtype) -> Tensor:
 class LeafPacked(Packed):
     """A weight on a CPU whose products round each leaf once, at every number of rows alike."""
 
-    few_rows = 48 if AMX else 24
-
     def pack(self, weight: Tensor) -> None:
-        leaves = weight.chunk(self.leaves, dim=1)
-        self.leaf_weights = [blocked(leaf) for leaf in leaves]
+        self.leaf_weights = [blocked(leaf) for leaf in weight.chunk(self.leaves, dim=1)]
         for i, leaf in enumerate(self.leaf_weights):  # where tools look for them
             self.register_buffer(f"leaf_{i}", leaf)
-        stacked, self.few = None, 0  # numbers in an x that goes through stacked leaves
-        if self.leaves > 1 and weight.nbytes < 4 << 20:  # larger ones would not notice a call less
-            stacked = blocked(torch.cat(leaves))
-            self.few = self.few_rows * leaves[0].shape[1]
-            self.nbytes += weight.nbytes
-        self.register_buffer("stacked", stacked)
         self.operands = (self.leaf_weights[0], self.bias)
-
-    def shape_of(self, x: Tensor) -> tuple[int, ...]:
-        return (self.leaves, *self.shape) if x.numel() <= self.few else self.shape
 
     def products(self, x: Tensor) -> Tensor:
         if self.leaves == 1:
             return exact_product(x, *self.operands)
-        shape = (*x.shape[:-1], *self.shape_of(x))
-        is_few = x.numel() <= self.few
-        threads, leaves = torch.get_num_threads(), self.leaves
-        if is_few and exact_tiles(*self.stacked.shape, x.dtype, threads, leaves):
-            x_GK = x.reshape(*x.shape[:-1], leaves, -1)
-            return exact_product(x_GK, self.stacked, None, leaves).view(shape)
-        parts = x.unflatten(-1, (leaves, -1)).movedim(-2, 0).contiguous()
-        y = torch.stack(list(map(exact_product, parts, self.leaf_weights)), dim=-2)
-        return y.unsqueeze(-3).expand(shape) if is_few else y
+        parts = x.unflatten(-1, (self.leaves, -1)).movedim(-2, 0).contiguous()
+        return torch.stack(list(map(exact_product, parts, self.leaf_weights)), dim=-2)
 
 
-def exact_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, leaves=1) -> Tensor:
-    tiles = exact_tiles(*weight.shape, x.dtype, torch.get_num_threads(), leaves)
+def exact_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    tiles = exact_tiles(*weight.shape, x.dtype, torch.get_num_threads())
     if x.shape[:-1].numel() in tiles:
         return product(x, weight, bias)
     with contextlib.nullcontext() if tiles else one_thread():
@@ -232,14 +204,13 @@ def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tu
 
 
 @functools.cache
-def exact_tiles(N: int, K: int, dtype: torch.dtype, threads: int, leaves=1) -> list[int]:
-    """The numbers of rows, up to 512, with the bits of one thread, 16 rows and a leaf at a time."""
-    outputs = min(N // leaves, 1 << 14)  # more of them would show nothing new
-    x, weights = cancelling((512,), (leaves, outputs), K, dtype)
-    weight = blocked(weights.flatten(0, 1))
+def exact_tiles(N: int, K: int, dtype: torch.dtype, threads: int) -> list[int]:
+    """The numbers of rows, up to 512, with the bits of one thread and 16 rows at a time."""
+    outputs = min(N, 1 << 14)  # more of them would show nothing new
+    x, weight = cancelling((512,), (outputs,), K, dtype)
+    weight = blocked(weight)
     with one_thread():
-        parts = [product_in_tiles(x, blocked(w), None, [16]) for w in weights]
-    want = torch.cat(parts, dim=1)
+        want = product_in_tiles(x, weight, None, [16])
     counts = [*range(1, 17), 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
     return [n for n in counts if torch.equal(product(x[:n], weight), want[:n])]
 

@@ -21,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import AMX, Fast, Packed, TritonPacked, add_leaves, opaque_linear
+from kernels import Fast, Packed, TritonPacked, add_leaves, opaque_linear
+
+AMX = torch.cpu._is_amx_tile_supported()
 
 
 class Int8Linear(Packed):

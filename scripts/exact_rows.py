@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import kernels
 from kernels import LeafPacked, Packed
 from quantize import AMX, Int4Linear, Int8Linear
+from scripts.grouped import with_groups
 from scripts.lanes import LANES, RowInLanes, in_turn
 
 MOST_CODES = 6 << 20  # a larger weight in 8 bits is no slower by FBGEMM
@@ -89,16 +90,21 @@ def size_of_parts(N: int, K: int) -> int | None:
     return None
 
 
-def prepared_exactly(packed: Packed, dtype: torch.dtype, one_slot: bool) -> nn.Module:
-    """With --deterministic: what has the same bits in loops, or in the graph as PyTorch's op."""
+def prepared_exactly(
+    packed: Packed, dtype: torch.dtype, one_slot: bool, fits_twice: bool
+) -> nn.Module:
+    """With --deterministic: what has the same bits in loops, or in the graph as PyTorch's op, or in
+    fewer calls. A float weight is there twice for that."""
     kind = type(packed)
     if kind is Int8Linear:
-        return with_exact_codes(packed, one_slot)
-    if kind is not LeafPacked or not one_slot or dtype != torch.bfloat16:
+        return with_exact_codes(packed, one_slot and fits_twice)
+    if kind is not LeafPacked or not fits_twice:
         return packed
     N, K = packed.leaf_weights[0].shape
-    size = None if N % LANES or K % 2 else size_of_parts(N, K)
-    return packed if size is None else RowInLanes(packed, packed.leaf_weights, size)
+    if one_slot and dtype == torch.bfloat16 and N % LANES == K % 2 == 0:
+        if size := size_of_parts(N, K):
+            return RowInLanes(packed, packed.leaf_weights, size)
+    return with_groups(packed, dtype) if packed.leaves > 1 else packed
 
 
 def with_exact_codes(packed: Int8Linear, one_slot: bool) -> Int8Linear:

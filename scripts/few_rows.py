@@ -101,7 +101,7 @@ def prepare(model: Transformer, compiled: bool, one_slot: bool) -> None:
         if type(model.ops) is Fast:
             layer.packed = prepared(layer.packed, layer.dtype, one_slot, fits_twice)
         elif type(model.ops) is BatchInvariant:
-            layer.packed = prepared_exactly(layer.packed, layer.dtype, one_slot and fits_twice)
+            layer.packed = prepared_exactly(layer.packed, layer.dtype, one_slot, fits_twice)
 
 
 def traced_layers(module: nn.Module) -> Iterator[Linear]:

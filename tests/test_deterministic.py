@@ -374,19 +374,6 @@ def test_a_wrong_product_is_seen(dtype, mistake, monkeypatch):
     assert not all(torch.equal(y, want[: len(y)]) for y in blind)
 
 
-def test_a_wrong_product_of_stacked_leaves_is_seen(monkeypatch):
-    """One product of all leaves may be what a few rows get, but only where it is that of each leaf
-    alone."""
-    weight, x = telling(40, 130, 576, FP32)
-    packed = LeafPacked(weight, None, 3)
-    want = packed(x)
-    break_product(monkeypatch, lambda rows, outputs, threads: outputs > 40)
-    for n in (1, 2, 5, 9, 130):
-        assert torch.equal(packed(x[:n]), want[:n])
-    monkeypatch.setattr(kernels, "exact_tiles", lambda *shape: [1 << i for i in range(10)])
-    assert not torch.equal(packed(x[:1]), want[:1])
-
-
 # ---- attention
 
 

@@ -158,7 +158,7 @@ def exact_layers(mode):
             layer = quantize.pack(mode, BATCH_INVARIANT, tensors, bias, leaves)
             plain.append(layer.forward)
             layer = exact_rows.InGraph(layer) if mode == "int4" else layer
-            looped.append(exact_rows.prepared_exactly(layer, BF16, one_slot=True))
+            looped.append(exact_rows.prepared_exactly(layer, BF16, True, True))
             rows.append(x[None])
     return plain, looped, rows
 
@@ -205,7 +205,7 @@ def test_the_order_of_a_row_is_probed(monkeypatch):
     monkeypatch.setattr(exact_rows, "in_turn", lambda x: x)
     assert exact_rows.size_of_parts(64, 1152) is None
     layer, _, _ = packed(None, BATCH_INVARIANT, dtype=BF16)
-    assert exact_rows.prepared_exactly(layer, BF16, one_slot=True) is layer
+    assert exact_rows.prepared_exactly(layer, BF16, True, True) is layer
     exact_rows.size_of_parts.cache_clear()
 
 
@@ -226,7 +226,7 @@ def test_sums_of_codes_are_exact_up_to_a_length(K, is_exact):
 @pytest.mark.parametrize("rows", [3, exact_rows.MANY_ROWS, 70])
 def test_leaves_of_int8_apart_have_the_bits_of_stacked_ones(rows):
     layer, _, _ = packed("int8", BATCH_INVARIANT, (64, 576), leaves=3)
-    apart = exact_rows.prepared_exactly(layer, torch.float32, one_slot=False)
+    apart = exact_rows.prepared_exactly(layer, torch.float32, False, True)
     x = randn(2, rows, 576)
     want = layer.forward(x)
     assert torch.equal(apart.forward(x), want)
