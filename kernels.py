@@ -153,8 +153,10 @@ class LeafPacked(Packed):
     def products(self, x: Tensor) -> Tensor:
         if self.leaves == 1:
             return exact_product(x, *self.operands)
-        parts = x.unflatten(-1, (self.leaves, -1)).movedim(-2, 0).contiguous()
-        return torch.stack(list(map(exact_product, parts, self.leaf_weights)), dim=-2)
+        x_GK = x.unflatten(-1, (self.leaves, -1))
+        parts = x_GK.movedim(-2, 0).contiguous()
+        leaves = list(map(exact_product, parts, self.leaf_weights))
+        return torch.stack(leaves, dim=-2)
 
 
 def exact_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -200,7 +202,8 @@ def cancelling(a_shape: tuple, b_shape: tuple, K: int, dtype: torch.dtype) -> tu
     a = torch.cat((a, a), dim=-1)[..., order]
     b = torch.cat((b, -b), dim=-1)[..., order]
     odd = (0, K % 2)
-    return F.pad(a, odd).to(dtype), F.pad(b, odd).to(dtype)
+    a, b = F.pad(a, odd), F.pad(b, odd)
+    return a.to(dtype), b.to(dtype)
 
 
 @functools.cache
@@ -211,7 +214,8 @@ def exact_tiles(N: int, K: int, dtype: torch.dtype, threads: int) -> list[int]:
     weight = blocked(weight)
     with one_thread():
         want = product_in_tiles(x, weight, None, [16])
-    counts = [*range(1, 17), 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
+    counts = [*range(1, 17), 24, 32, 48]
+    counts += [64, 96, 128, 192, 256, 384, 512]
     return [n for n in counts if torch.equal(product(x[:n], weight), want[:n])]
 
 
@@ -262,7 +266,8 @@ def attend_block(q_BGTRD, k_BGLD, v_BGLD, bias, span: int, rows: int, scale: flo
     if T == bias.shape[3] == 1:  # all rows see the same
         mask = bias[:, :, 0, :, :span].expand(B, -1, R + more, -1)
     else:
-        mask = bias[..., :span].expand(B, -1, -1, R, -1).flatten(2, 3)
+        mask = bias[..., :span].expand(B, -1, -1, R, -1)
+        mask = mask.flatten(2, 3)
         mask = fill_up(mask, 0, 0, 0, more)
     keys, values = k_BGLD[:, :, :span], v_BGLD[:, :, :span]
     y = F.scaled_dot_product_attention(q, keys, values, mask, scale=scale)
@@ -288,11 +293,13 @@ def exact_spans(B: int, G: int, D: int, R: int, dtype, threads: int) -> tuple:
         pos_BT = torch.arange(start, start + T)[None]
         bias, limit_T = dense_mask(causal, pos_BT, L, torch.zeros(G, R), k)
         with one_thread():
-            want = attend(q, k, v, bias, limit_T, [512], 16, scale).repeat(B, 1, 1)
+            want = attend(q, k, v, bias, limit_T, [512], 16, scale)
+            want = want.repeat(B, 1, 1)
         for count, end in itertools.product((1, 2, 6, 11, 40, T), (32, T)):
             now = slice(max(end - count, 0), end)
             keys = -(-(start + end) // 64) * 64
-            trials.append((keys, q_B[:, now], bias[:, :, now], limit_T[now], scale, want[:, now]))
+            mask, limits = bias[:, :, now], limit_T[now]
+            trials.append((keys, q_B[:, now], mask, limits, scale, want[:, now]))
 
     def agrees(span: int, rows: int) -> bool:
         for keys, q, bias, limit_T, scale, want in trials:
@@ -311,8 +318,10 @@ def exact_spans(B: int, G: int, D: int, R: int, dtype, threads: int) -> tuple:
 
 def attend_in_loops(q_BTHD, k_BGLD, v_BGLD, bias, scale: float) -> Tensor:
     """Attention of one token a row, in loops for a compiler: half the time of calling an op."""
-    keys, values = (x[:, :, None, : bias.shape[-1]].float() for x in (k_BGLD, v_BGLD))
-    q_BGRD = q_BTHD[:, 0].unflatten(1, (k_BGLD.shape[1], -1)).float()
+    G, span = k_BGLD.shape[1], bias.shape[-1]
+    keys = k_BGLD[:, :, None, :span].float()
+    values = v_BGLD[:, :, None, :span].float()
+    q_BGRD = q_BTHD[:, 0].unflatten(1, (G, -1)).float()
     scores = (q_BGRD.unsqueeze(3) * keys).sum(-1) * scale
     weights = (scores + bias[:, :, 0]).softmax(-1)
     y_BGRD = (weights.unsqueeze(4) * values).sum(3)
@@ -335,7 +344,8 @@ def cpu_attention(q, k, v, k_cache, v_cache, pos, bias, limit, spans, rows, scal
     if spans:
         return attend(q, k_cache, v_cache, bias, limit, spans, rows, scale)
     bias = bias.expand(len(q), -1, -1, -1, -1)
-    alone = zip(*(x.split(1) for x in (q, k_cache, v_cache, bias)), strict=True)
+    batches = (x.split(1) for x in (q, k_cache, v_cache, bias))
+    alone = zip(*batches, strict=True)
     with one_thread():  # the reference, each row of the batch alone
         return torch.cat([attend(*row, limit, [512], rows, scale) for row in alone])
 
@@ -525,8 +535,9 @@ class TritonPacked(Packed):
             low, high = codes.view(len(weight), -1, 2, 16).unbind(2)
             weight = low | high << 4
         if self.bits < 16:  # k and k + 1 stand 16 bits apart, where shifts make two floats of them
-            weight = weight.view(len(weight), -1, 2, 4, 2).permute(0, 1, 3, 4, 2)
-            weight = weight.flatten(1).view(torch.int32)
+            weight = weight.view(len(weight), -1, 2, 4, 2)
+            weight = weight.permute(0, 1, 3, 4, 2).flatten(1)
+            weight = weight.view(torch.int32)
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("scale", scale)
         self.register_buffer("grid", grid)
@@ -570,7 +581,8 @@ def triton_attention(q, k_cache, v_cache, pos, mask, heads, scale):
         launches = [(k_cache, None, splits), (None, y, 1)]
     d_pad = max(16, 1 << (D - 1).bit_length())
     scale *= math.log2(math.e)
-    sizes = (T, L, *q.stride()[:2], scale, sees, first, G, H // G, D, SPLIT, d_pad, tile)
+    fixed = (sees, first, G, H // G, D, SPLIT, d_pad, tile)
+    sizes = (T, L, *q.stride()[:2], scale, *fixed)
     is_hopper = q.is_cuda and torch.cuda.get_device_capability() == (9, 0)
     stages = 3 if is_hopper and q.itemsize == 2 else 4 // q.itemsize
     options = {"num_warps": 4, "num_stages": stages, "enable_fp_fusion": False}
@@ -598,8 +610,9 @@ class Fast:
         """Over the last dimension."""
         if x.is_cuda or torch.compiler.is_compiling():
             return F.rms_norm(x, weight.shape, weight, eps)
-        mean = (x * x).sum(-1, keepdim=True).mul_(1 / x.shape[-1])  # in fewer calls
-        return (x * mean.add_(eps).rsqrt_()).mul_(weight)
+        squares = x * x  # in fewer calls
+        mean = squares.sum(-1, keepdim=True) * (1 / x.shape[-1])
+        return (x * (mean + eps).rsqrt()).mul_(weight)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up, of the two halves."""
@@ -612,9 +625,10 @@ class Fast:
             return masks.setdefault((type(mask_mod), mask_mod), len(masks)), heads_GR
         spans, rows = list(range(64, 513, 64)), 4
         if self.exact:
-            (G, R), D = heads_GR.shape, k_cache.shape[3]
-            threads = torch.get_num_threads()  # more rows and heads would show nothing new
-            spans, rows = exact_spans(min(len(pos_BT), 2), min(G, 3), D, R, k_cache.dtype, threads)
+            G, R = heads_GR.shape
+            B, G = min(len(pos_BT), 2), min(G, 3)  # more of them would show nothing new
+            D, threads = k_cache.shape[3], torch.get_num_threads()
+            spans, rows = exact_spans(B, G, D, R, k_cache.dtype, threads)
         span = filled(span, spans or [512])
         return *dense_mask(mask_mod, pos_BT, span, heads_GR, k_cache), spans, rows
 

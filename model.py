@@ -118,7 +118,8 @@ class Linear(Layer):
         self.register_buffer("bias", bias if self.split else None)
         if self.split:  # cut only now, as a scale may be of a whole row
             bias = None
-            stacked = {k: tp.part(t, 1, self.ranks).contiguous() for k, t in stacked.items()}
+            parts = {kind: tp.part(x, 1, self.ranks) for kind, x in stacked.items()}
+            stacked = {kind: x.contiguous() for kind, x in parts.items()}
         self.packed = quantize.pack(self.mode, self.ops, stacked, bias, self.leaves, self.split)
         return self.packed.nbytes
 
@@ -281,8 +282,9 @@ class Transformer(nn.Module):
     def forward(self, tokens_BT, pos_BT, cache: KVCache, end: int, last=False, decode=False):
         """fp32 logits [B, T, V] (T = 1 with `last`) of tokens at absolute positions `pos_BT`, all
         before `end`. Keys and values are written to the cache, which must hold the earlier ones."""
-        # A CPU is quicker in whole blocks. A CUDA graph, of one shape, looks over all the cache.
-        span = -(-end // 64) * 64 if self.device.type == "cpu" else cache[0][0].shape[2]
+        span = -(-end // 64) * 64  # a CPU is quicker in whole blocks
+        if self.device.type != "cpu":  # a CUDA graph, of one shape, looks over all the cache
+            span = cache[0][0].shape[2]
         views = {}
         for window, (table, mask_mod) in self.kinds.items():
             cos, sin = table[pos_BT].unsqueeze(2).unbind(3)

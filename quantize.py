@@ -58,7 +58,8 @@ class Int8Linear(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         x_GK = x.unflatten(-1, (self.leaves, -1)).float()
-        step = x_GK.abs().amax(-1, keepdim=True).clamp(min=1e-30) * (1 / 63)
+        largest = x_GK.abs().amax(-1, keepdim=True)
+        step = largest.clamp(min=1e-30) * (1 / 63)
         steps = x_GK / step
         high = steps.round()
         low = (steps - high).mul_(126).round_()
@@ -93,15 +94,17 @@ class Int4Linear(Packed):
             width = high * most - low * least
             scale = (width / 15).clamp(min=1e-30).bfloat16()
             zero = (-low * least / scale).half()
-            changed = (w / scale).add_(zero).round_().clamp_(0, 15).sub_(zero).mul_(scale)
+            codes = (w / scale).add_(zero).round_().clamp_(0, 15)
+            changed = codes.sub_(zero).mul_(scale)
             error = changed.sub_(w).square_().sum(-1, keepdim=True)
             found = [error, scale, zero]
             best = best or found
             better = error < best[0]
             best = [torch.where(better, *pair) for pair in zip(found, best, strict=True)]
         _, scale, zero = best
-        codes = (w / scale).add_(zero).round_().clamp_(0, 15).flatten(1)
-        pairs = (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8)
+        codes = (w / scale).add_(zero).round_().clamp_(0, 15)
+        low, high = codes.flatten(1).unflatten(1, (-1, 2)).unbind(2)
+        pairs = (low + 16 * high).to(torch.uint8)
         return {"weight": pairs, "scale": scale.flatten(1), "zero": zero.flatten(1)}
 
     def pack(self, weight: Tensor, scale: Tensor, zero: Tensor, exact: bool) -> None:

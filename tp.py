@@ -35,7 +35,8 @@ def degrees(config, exact: bool) -> list[int]:
     sizes = [heads, config.vocab_size, *(K // group for K in summed)]
     if exact:
         sizes += [leaf_count(kv_heads, K, max(group, 32)) for K in summed]
-    divisors = [n for n in range(1, heads + 1) if math.gcd(*sizes) % n == 0]
+    common = math.gcd(*sizes)
+    divisors = [n for n in range(1, heads + 1) if common % n == 0]
     return [n for n in divisors if kv_heads % n == 0 or n % kv_heads == 0]
 
 
