@@ -57,6 +57,13 @@ class InGraph(nn.Module):
     def __init__(self, packed: Int4Linear):
         super().__init__()
         self.packed = packed
+        codes, grids = zip(*packed.leaf_weights, strict=True)
+        stacked = torch.cat(codes)
+        packed.leaf_weights = list(zip(stacked.chunk(packed.leaves), grids, strict=True))
+        for i, (leaf, _) in enumerate(packed.leaf_weights):
+            setattr(packed, f"codes_{i}", leaf)  # a view: nothing is there twice
+        self.register_buffer("codes", stacked)
+        self.register_buffer("grid", torch.cat(grids, dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
         packed, rows = self.packed, x.shape[:-1].numel()
@@ -64,13 +71,21 @@ class InGraph(nn.Module):
         if not torch.compiler.is_compiling() or not few:
             return packed.forward(x)
         parts = x.reshape(rows, packed.leaves, -1).movedim(1, 0).contiguous()
-        leaves = []
-        for i, part in enumerate(parts):
-            y = packed.leaf_product(part, i)[:, : packed.shape[-1]]
-            leaves.append(y.reshape(*x.shape[:-1], -1))
+        products = self.products_of_one(parts) if rows == 1 else self.products_of_few(parts)
+        leaves = [y[:, : packed.shape[-1]].reshape(*x.shape[:-1], -1) for y in products]
         if packed.leaves > 1:
             return kernels.add_leaves(leaves, packed.bias)
         return leaves[0] if packed.bias is None else (leaves[0] + packed.bias).to(x.dtype)
+
+    def products_of_one(self, parts: Tensor) -> list[Tensor]:
+        """Those of all leaves with all parts of a row, of which some are wanted: in one call."""
+        op = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+        grid = self.grid.to(parts.dtype)
+        y = op(parts.flatten(0, 1), self.codes, self.packed.group, grid)
+        return [y[i, None].chunk(len(parts), 1)[i] for i in range(len(parts))]
+
+    def products_of_few(self, parts: Tensor) -> list[Tensor]:
+        return [self.packed.leaf_product(part, i) for i, part in enumerate(parts)]
 
 
 @functools.cache
