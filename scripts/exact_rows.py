@@ -17,6 +17,7 @@ from scripts.lanes import LANES, RowInLanes, in_turn
 MOST_CODES = 6 << 20  # a larger weight in 8 bits is no slower by FBGEMM
 MOST_EXACT = 2**24 // (63 * 127)  # numbers of 7 bits and of 8 whose sum fp32 holds
 MANY_ROWS = 16  # from which on leaves in 8 bits are multiplied apart
+MOST_IN_ONE_CALL = 3 << 19  # bytes of 4 bits that a row reads for all products of stacked leaves
 
 
 class ExactCodes(Int8Linear):
@@ -64,6 +65,7 @@ class InGraph(nn.Module):
             setattr(packed, f"codes_{i}", leaf)  # a view: nothing is there twice
         self.register_buffer("codes", stacked)
         self.register_buffer("grid", torch.cat(grids, dim=1))
+        self.in_one_call = stacked.numel() * packed.leaves <= MOST_IN_ONE_CALL
 
     def forward(self, x: Tensor) -> Tensor:
         packed, rows = self.packed, x.shape[:-1].numel()
@@ -71,20 +73,21 @@ class InGraph(nn.Module):
         if not torch.compiler.is_compiling() or not few:
             return packed.forward(x)
         parts = x.reshape(rows, packed.leaves, -1).movedim(1, 0).contiguous()
-        products = self.products_of_one(parts) if rows == 1 else self.products_of_few(parts)
+        at_once = rows == 1 and self.in_one_call
+        products = self.products_at_once(parts) if at_once else self.products_apart(parts)
         leaves = [y[:, : packed.shape[-1]].reshape(*x.shape[:-1], -1) for y in products]
         if packed.leaves > 1:
             return kernels.add_leaves(leaves, packed.bias)
         return leaves[0] if packed.bias is None else (leaves[0] + packed.bias).to(x.dtype)
 
-    def products_of_one(self, parts: Tensor) -> list[Tensor]:
-        """Those of all leaves with all parts of a row, of which some are wanted: in one call."""
+    def products_at_once(self, parts: Tensor) -> list[Tensor]:
+        """Of all leaves with all parts of a row, of which some are wanted: in one call."""
         op = torch.ops.aten._weight_int4pack_mm_for_cpu.default
         grid = self.grid.to(parts.dtype)
         y = op(parts.flatten(0, 1), self.codes, self.packed.group, grid)
         return [y[i, None].chunk(len(parts), 1)[i] for i in range(len(parts))]
 
-    def products_of_few(self, parts: Tensor) -> list[Tensor]:
+    def products_apart(self, parts: Tensor) -> list[Tensor]:
         return [self.packed.leaf_product(part, i) for i, part in enumerate(parts)]
 
 

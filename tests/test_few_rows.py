@@ -183,13 +183,16 @@ def test_a_compiled_row_has_the_bits_of_many(mode):
 
 
 @needs_compiler
-def test_few_compiled_rows_of_int4_have_the_bits_of_many():
-    """In PyTorch's own op in the graph. The control: leaves in another order."""
+@pytest.mark.parametrize("count", [13, 1])
+def test_few_compiled_rows_of_int4_have_the_bits_of_many(monkeypatch, count):
+    """In PyTorch's own op in the graph, for each leaf apart. The control: leaves in another
+    order."""
+    monkeypatch.setattr(exact_rows, "MOST_IN_ONE_CALL", 0)
     plain, looped, rows = exact_layers("int4")
-    want = [forward(x)[:, 3:] for forward, x in zip(plain, rows, strict=True)]
+    want = [forward(x)[:, -count:] for forward, x in zip(plain, rows, strict=True)]
     options = {"cpp.vec_isa_ok": True} | BATCH_INVARIANT.compile_options
     compiled = torch.compile(of_one_row, fullgraph=True, dynamic=False, options=options)
-    few = [x[:, 3:] for x in rows]
+    few = [x[:, -count:] for x in rows]
     assert list(map(torch.equal, compiled(looped, few), want)) == [True] * len(want)
     looped[4].packed.leaf_weights.reverse()
     assert not torch.equal(looped[4].packed.forward(few[4]), want[4])
