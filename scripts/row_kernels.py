@@ -1,6 +1,6 @@
 """Two Triton kernels for --deterministic on a GPU, each of which has a row of numbers to itself. An
-exact norm and an exact exp are ops that a compiler may not look into, so that what stands before
-and after them are launches of their own: with these, three launches a layer are there for seven."""
+exact norm and an exact sigmoid are ops that a compiler may not look into, so that what stands
+before and after them are launches of their own: three launches a layer are there for seven."""
 
 import functools
 from types import SimpleNamespace
