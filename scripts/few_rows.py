@@ -7,6 +7,7 @@ which is slow for many. With --deterministic, see exact_rows.py."""
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import BatchInvariant, Fast, Packed
@@ -54,6 +55,27 @@ class OneRow(nn.Module):
         return y if self.packed.partial else y.to(dtype)
 
 
+class EagerRow(nn.Module):
+    """A float weight of 16 bits that multiplies one row in eager code as a plain matrix: PyTorch's
+    own product takes two thirds of oneDNN's time, and is called only where oneDNN is off."""
+
+    def __init__(self, packed: Packed, weight: Tensor):
+        super().__init__()
+        self.packed = packed
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or x.shape[:-1].numel() > 1:
+            return self.packed.forward(x)
+        mkldnn = torch.backends.mkldnn
+        enabled = mkldnn.enabled
+        mkldnn.enabled = False
+        try:
+            return F.linear(x, self.weight, self.packed.bias)
+        finally:
+            mkldnn.enabled = enabled
+
+
 class FewCodes(OneRow):
     """A small weight in 8 bits. A compiler makes little of the codes of inputs, eager code does
     not."""
@@ -91,7 +113,7 @@ def prepare(model: Transformer, compiled: bool, one_slot: bool) -> None:
     twice the time, and those of hundreds 1.04 times."""
     if model.device.type != "cpu":
         return
-    one_slot = compiled and one_slot
+    one_compiled = compiled and one_slot
     fits_twice = model.nbytes < hardware.free_memory() / 2
     for layer in traced_layers(model):
         if compiled and type(layer.packed) is Int4Linear:
@@ -99,9 +121,11 @@ def prepare(model: Transformer, compiled: bool, one_slot: bool) -> None:
             if layer.packed.grid_0.dtype == layer.dtype:
                 layer.packed = InGraph(layer.packed)
         if type(model.ops) is Fast:
-            layer.packed = prepared(layer.packed, layer.dtype, one_slot, fits_twice)
+            layer.packed = prepared(layer.packed, layer.dtype, one_compiled, fits_twice)
+            if one_slot and not compiled:
+                layer.packed = for_eager_row(layer.packed, fits_twice)
         elif type(model.ops) is BatchInvariant:
-            layer.packed = prepared_exactly(layer.packed, layer.dtype, one_slot, fits_twice)
+            layer.packed = prepared_exactly(layer.packed, layer.dtype, one_compiled, fits_twice)
 
 
 def traced_layers(module: nn.Module) -> Iterator[Linear]:
@@ -128,10 +152,25 @@ def prepared(packed: Packed, dtype: torch.dtype, one_slot: bool, fits_twice: boo
     if K > MOST_INPUTS:
         return packed
     if packed.weight.is_mkldnn and not fits_twice:
-        packed.weight = weight
-        packed.operands = (weight, packed.bias)
-        packed.opaque = False
+        leave_blocks(packed, weight)
     return OneRow(packed, weight)
+
+
+def leave_blocks(packed: Packed, weight: Tensor) -> None:
+    """Have it multiply by that weight, which is not in oneDNN's blocks."""
+    packed.weight = weight
+    packed.operands = (weight, packed.bias)
+    packed.opaque = False
+
+
+def for_eager_row(packed: Packed, fits_twice: bool) -> nn.Module:
+    """With a plain copy of a float weight that is in blocks of 16 bits."""
+    if type(packed) is not Packed or not packed.weight.is_mkldnn or packed.weight.itemsize != 2:
+        return packed
+    weight = packed.weight.to_dense()
+    if not fits_twice:
+        leave_blocks(packed, weight)
+    return EagerRow(packed, weight)
 
 
 def with_codes(packed: Int8Linear, dtype: torch.dtype, one_slot: bool) -> nn.Module:
