@@ -245,33 +245,34 @@ def attend(q_BTHD, k_BGLD, v_BGLD, bias, limit_T, spans, rows, scale):
     """Attention [B, T, H * D] in blocks of 128 tokens, which skip keys behind the last one they may
     see. Keys are filled up, by others of the cache, to one of `spans` beyond whole blocks of 512,
     as those of the mask are, and the rows of a block to a multiple of `rows`."""
-    q_BGTRD = q_BTHD.unflatten(2, (k_BGLD.shape[1], -1)).transpose(1, 2)
-    if q_BTHD.shape[1] == 1:
-        y_BGTRD = attend_block(q_BGTRD, k_BGLD, v_BGLD, bias, bias.shape[-1], rows, scale)
-    else:
-        blocks = []
-        parts = zip(q_BGTRD.split(128, 2), bias.split(128, 2), limit_T.split(128), strict=True)
-        for q, mask, limits in parts:
-            span = filled(int(limits.max()), spans)
-            blocks.append(attend_block(q, k_BGLD, v_BGLD, mask, span, rows, scale))
-        y_BGTRD = torch.cat(blocks, dim=2)
-    return y_BGTRD.transpose(1, 2).flatten(2)
+    B, T, H, D = q_BTHD.shape
+    G = k_BGLD.shape[1]
+    if T == 1:  # in few calls, each of which takes its time
+        q = q_BTHD.reshape(B, G, H // G, D)
+        y = attend_rows(q, k_BGLD, v_BGLD, bias[:, :, 0], rows, scale)
+        return y.reshape(B, 1, H * D)
+    q_BGTRD = q_BTHD.unflatten(2, (G, -1)).transpose(1, 2)
+    blocks = []
+    parts = zip(q_BGTRD.split(128, 2), bias.split(128, 2), limit_T.split(128), strict=True)
+    for q, mask, limits in parts:
+        span = filled(int(limits.max()), spans)
+        mask = mask[..., :span].expand(-1, -1, -1, H // G, -1).flatten(2, 3)
+        y = attend_rows(q.flatten(2, 3), k_BGLD, v_BGLD, mask, rows, scale)
+        blocks.append(y.unflatten(2, (-1, H // G)))
+    return torch.cat(blocks, dim=2).transpose(1, 2).flatten(2)
 
 
-def attend_block(q_BGTRD, k_BGLD, v_BGLD, bias, span: int, rows: int, scale: float) -> Tensor:
-    """The R queries of a KV head and a token become rows: five times as fast as enable_gqa."""
-    B, _, T, R, _ = q_BGTRD.shape
-    more = -T * R % rows
-    q = fill_up(q_BGTRD.flatten(2, 3), 0, 0, 0, more)
-    if T == bias.shape[3] == 1:  # all rows see the same
-        mask = bias[:, :, 0, :, :span].expand(B, -1, R + more, -1)
-    else:
-        mask = bias[..., :span].expand(B, -1, -1, R, -1)
-        mask = mask.flatten(2, 3)
+def attend_rows(q_BGMD, k_BGLD, v_BGLD, mask, rows: int, scale: float) -> Tensor:
+    """The queries of a KV head and of all tokens are its rows: five times as fast as enable_gqa."""
+    M = q_BGMD.shape[2]
+    more = -M % rows
+    q = fill_up(q_BGMD, 0, 0, 0, more)
+    if mask.shape[2] > 1:  # else all rows see the same
         mask = fill_up(mask, 0, 0, 0, more)
+    span = mask.shape[-1]
     keys, values = k_BGLD[:, :, :span], v_BGLD[:, :, :span]
     y = F.scaled_dot_product_attention(q, keys, values, mask, scale=scale)
-    return y[:, :, : T * R].unflatten(2, (T, R))
+    return y[:, :, :M]
 
 
 def filled(keys: int, spans) -> int:
