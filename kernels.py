@@ -611,14 +611,14 @@ class Fast:
         """Over the last dimension."""
         if x.is_cuda or torch.compiler.is_compiling():
             return F.rms_norm(x, weight.shape, weight, eps)
-        squares = x * x  # in fewer calls
-        mean = squares.sum(-1, keepdim=True) * (1 / x.shape[-1])
-        return (x * (mean + eps).rsqrt()).mul_(weight)
+        squares = x * x  # in fewer calls, and in place, which is quicker
+        mean = squares.sum(-1, keepdim=True).mul_(1 / x.shape[-1])
+        return (x * mean.add_(eps).rsqrt_()).mul_(weight)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up, of the two halves."""
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)
 
     def mask(self, mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, k_cache):
         """Over `span` keys at least. On a GPU, whose kernel computes it, its number."""
@@ -667,8 +667,8 @@ class BatchInvariant(Fast):
     def rms_norm(self, x, weight, eps):
         if x.is_cuda:
             return gpu_rms_norm(x, weight, eps)
-        mean = row_sum(x * x) * (1 / x.shape[-1])
-        return (x * (mean + eps).rsqrt()).mul_(weight)
+        mean = row_sum(x * x).mul_(1 / x.shape[-1])
+        return (x * mean.add_(eps).rsqrt_()).mul_(weight)
 
     def silu_mul(self, gate_up):
         gate, up = gate_up.float().chunk(2, dim=-1)

@@ -57,8 +57,8 @@ def rotate(x_BTHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each pair (i, i + pairs) is rotated by its angle, in fp32, and rounded once."""
     pairs = cos.shape[-1]
     a, b, rest = x_BTHD.float().tensor_split((pairs, 2 * pairs), dim=-1)
-    turned_a = a * cos - b * sin
-    turned_b = b * cos + a * sin
+    turned_a = (a * cos).sub_(b * sin)
+    turned_b = (b * cos).add_(a * sin)
     return torch.cat((turned_a, turned_b, rest), dim=-1).to(x_BTHD.dtype)
 
 
