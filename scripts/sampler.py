@@ -30,9 +30,14 @@ ALWAYS = ("temperature", "top_k", "top_p")  # what else no row has changed costs
 def mix(x):
     """A 32-bit hash of an int or int64 tensor (Wellons' hash-prospector). Its constants are below
     2^31, so that no product overflows."""
-    x = (x ^ (x >> 16)) * 0x21F0AAAD & WORD
-    x = (x ^ (x >> 15)) * 0x735A2D97 & WORD
-    return x ^ (x >> 15)
+    x = x ^ (x >> 16)
+    x *= 0x21F0AAAD
+    x &= WORD
+    x ^= x >> 15
+    x *= 0x735A2D97
+    x &= WORD
+    x ^= x >> 15
+    return x
 
 
 def noise_key(seed: int, sample: int) -> list[int]:
@@ -78,15 +83,17 @@ def gumbel(key_B2: Tensor, pos_B: Tensor, ids_BK: Tensor) -> Tensor:
 def top(logits_BV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest fp32 logits and their ids, by (value descending, id ascending)."""
     B, V = logits_BV.shape
-    values, ids = logits_BV, torch.arange(V, device=logits_BV.device).expand(B, V)
-    if V > k * CHUNK:
+    if V <= k * CHUNK:
+        ids = torch.arange(V, device=logits_BV.device)
+        ids = largest(logits_BV, ids.expand(B, V), min(k, V))
+    else:
         # They lie in the k chunks whose own largest come first: nothing else need be compared.
-        chunks = fill_up(values, 0, -V % CHUNK, value=-math.inf).unflatten(1, (-1, CHUNK))
-        numbers = ids[:, : chunks.shape[1]]
-        best_BK1 = largest(chunks.amax(-1), numbers, k)[..., None]
-        values = chunks.gather(1, best_BK1.expand(-1, -1, CHUNK)).flatten(1)
-        ids = (best_BK1 * CHUNK + ids[0, :CHUNK]).flatten(1)
-    ids = largest(values, ids, min(k, V))
+        chunks = fill_up(logits_BV, 0, -V % CHUNK, value=-math.inf).unflatten(1, (-1, CHUNK))
+        numbers = torch.arange(chunks.shape[1], device=logits_BV.device)
+        best_BK1 = largest(chunks.amax(-1), numbers.expand(B, -1), k)[..., None]
+        values = chunks.gather(1, best_BK1.expand(-1, -1, CHUNK))
+        ids = best_BK1 * CHUNK + torch.arange(CHUNK, device=logits_BV.device)
+        ids = largest(values.flatten(1), ids.flatten(1), k)
     return logits_BV.gather(-1, ids), ids
 
 
@@ -207,9 +214,13 @@ class Sampler:
         min-p keep, the lowest id on a tie. `settings` are those above, or what a CUDA graph has in
         their place."""
         each = len(pos_N) // len(settings[0])
-        settings = [x.repeat_interleave(each, 0) for x in settings]
+        if each > 1:
+            settings = [x.repeat_interleave(each, 0) for x in settings]
         row = dict(zip(self.names, settings, strict=True))
-        values, ids = top(processed(logits_NV, pos_N, row), self.k)
+        logits_NV = processed(logits_NV, pos_N, row)
+        if self.k == 1:
+            return logits_NV.argmax(-1)  # of equal ones the first
+        values, ids = top(logits_NV, self.k)
         scaled = (values - values[:, :1]) / row["temperature"]
         keep = torch.arange(ids.shape[1], device=ids.device) < row["top_k"]
         if self.nucleus:

@@ -98,22 +98,22 @@ KINDS = ["lookup", "model"]
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-def narrow_top(logits, k, top=sampling.top):
+def narrowed(logits, pos, row, processed=sampling.processed):
     """Few tokens to draw from, so that text repeats itself and lookup is right now and then."""
     is_chosen = torch.arange(logits.shape[-1]) % 300 < 5
-    return top(torch.where(is_chosen, logits, logits - 1e4), k)
+    return processed(torch.where(is_chosen, logits, logits - 1e4), pos, row)
 
 
 @pytest.fixture
 def narrow(monkeypatch):
-    monkeypatch.setattr(sampling, "top", narrow_top)
+    monkeypatch.setattr(sampling, "processed", narrowed)
 
 
 @pytest.fixture(scope="module")
 def alone(exact):
     """By dtype, the answers to REQUESTS of few tokens without speculation."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "top", narrow_top)
+        patch.setattr(sampling, "processed", narrowed)
         return {dtype: answers(plain(exact[dtype][0]), REQUESTS) for dtype in exact}
 
 
