@@ -123,6 +123,38 @@ def test_many_rows_of_int8_with_amx(monkeypatch, dtype):
     assert torch.equal(y, layer.forward(x)) == (dtype == torch.float16)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("fits_twice", [True, False])
+def test_an_eager_row_is_the_product(monkeypatch, fits_twice, bias):
+    """Of a plain weight, while oneDNN is off; which is on again, whatever happens."""
+    layer, floats, bias = packed(None, bias=bias, dtype=torch.bfloat16)
+    if not layer.weight.is_mkldnn:
+        pytest.skip("oneDNN has no blocks of bf16 here")
+    x = randn(5, 1, 128).bfloat16()
+    many = layer.forward(x)
+    eager = few_rows.for_eager_row(layer, fits_twice)
+    assert layer.weight.is_mkldnn == layer.opaque == fits_twice
+    torch.testing.assert_close(eager.forward(x), many)
+    if fits_twice:
+        assert torch.equal(eager.forward(x), many)
+
+    seen = []
+    linear = few_rows.F.linear
+
+    def watched(*args):
+        seen.append(torch.backends.mkldnn.enabled)
+        return linear(*args)
+
+    monkeypatch.setattr(few_rows.F, "linear", watched)
+    y = eager.forward(x[:1])
+    assert y.dtype == torch.bfloat16
+    assert error(y, x[:1], floats, bias) < 8 * torch.finfo(y.dtype).eps
+    with pytest.raises(RuntimeError):
+        eager.forward(x[:1, :, 1:])
+    assert seen == [False, False]
+    assert torch.backends.mkldnn.enabled
+
+
 def test_which_layers_stay_as_they_are(monkeypatch):
     wide = packed(None, shape=(8, few_rows.MOST_INPUTS + 32))[0]
     exact = packed(None, BATCH_INVARIANT)[0]
@@ -133,6 +165,9 @@ def test_which_layers_stay_as_they_are(monkeypatch):
         assert few_rows.prepared(eight, torch.float32, True, True) is not eight
         monkeypatch.setattr(few_rows, name, 96 * 128 - 1)
     assert few_rows.prepared(eight, torch.float32, True, True) is eight
+    floats = packed(None)[0]
+    for layer in (exact, eight, floats):
+        assert few_rows.for_eager_row(layer, True) is layer
 
 
 # ---- with --deterministic
@@ -251,6 +286,25 @@ def step(model, cache) -> torch.Tensor:
     """Logits of a token in a cache of random keys and values."""
     position = torch.tensor([[40]])
     return model(torch.tensor([[7]]), position, cache, 41, decode=True)
+
+
+@pytest.mark.parametrize(
+    "flags, is_apart",
+    [
+        ("", True),
+        ("--batch_size 2", False),
+        ("--prompt_lookup", False),
+        ("--deterministic", False),
+        ("--precision fp32", False),
+        ("--quantize int4", False),
+    ],
+)
+def test_an_eager_row_where_a_step_has_one(tmp_path, flags, is_apart):
+    directory = write_checkpoint(tmp_path, num_hidden_layers=1)
+    _, model = loaded(directory, *flags.split())
+    has_blocks = packed(None, dtype=torch.bfloat16)[0].weight.is_mkldnn
+    is_eager_row = isinstance(model.layers[0].o.packed, few_rows.EagerRow)
+    assert is_eager_row == (is_apart and has_blocks)
 
 
 @needs_compiler
