@@ -24,11 +24,13 @@ from torch import Tensor
 from kernels import Fast, Packed, TritonPacked, add_leaves, opaque_linear
 
 AMX = torch.cpu._is_amx_tile_supported()
+MOST_EXACT = 2**24 // (63 * 127)  # products of 7 and 8 bits whose sum fp32 holds; int32 of 14
 
 
 class Int8Linear(Packed):
-    """8-bit weights with a scale a row. On a CPU, an input is two 7-bit numbers and a scale a token
-    and leaf: sums of integers have no order. (Of 8 bits, units without VNNI cut off at 2^15.)"""
+    """8-bit weights with a scale a row. On a CPU, an input is a 14-bit number and a scale a token
+    and leaf, and multiplied as two of 7 bits: sums of integers have no order. (Of 8 bits, units
+    without VNNI cut off at 2^15.)"""
 
     @staticmethod
     def from_float(weight: Tensor, group_size: int) -> dict[str, Tensor]:
@@ -40,16 +42,17 @@ class Int8Linear(Packed):
     def pack(self, weight: Tensor, scale: Tensor, exact: bool) -> None:
         # Leaves are stacked: one quick product of them all and those of an input has all we want.
         weight = torch.cat(weight.chunk(self.leaves, 1))
-        scale = scale.float().flatten().repeat(self.leaves)
-        zeros = torch.zeros_like(scale, dtype=torch.int64)
+        self.register_buffer("scale", scale.float().flatten())
+        self.sum_type = torch.int32 if weight.shape[1] <= MOST_EXACT else torch.float64
+        ones = torch.ones(len(weight))
+        zeros = torch.zeros(len(weight), dtype=torch.int64)
         if AMX:  # oneDNN, quick at many rows with AMX
             self.register_buffer("weight", torch.ops.onednn.qlinear_prepack(weight, None))
-            self.register_buffer("scale", scale)
             self.op = torch.ops.onednn.qlinear_pointwise.default
-            self.packed = (self.weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], "")
+            self.packed = (self.weight, ones, zeros, None, 1.0, 0, torch.float32, "none", [], "")
         else:  # FBGEMM: oneDNN without AMX takes twice the time, and 20 times that for a head
             with warnings.catch_warnings(action="ignore"):  # of the only type that leads there
-                codes = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
+                codes = torch._make_per_channel_quantized_tensor(weight, ones.double(), zeros, 0)
             self.op = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
             self.packed = (torch.ops.quantized.linear_prepack(codes, None),)
 
@@ -59,23 +62,24 @@ class Int8Linear(Packed):
     def forward(self, x: Tensor) -> Tensor:
         x_GK = x.unflatten(-1, (self.leaves, -1)).float()
         largest = x_GK.abs().amax(-1, keepdim=True)
-        step = largest.clamp(min=1e-30) * (1 / 63)
-        steps = x_GK / step
-        high = steps.round()
-        low = (steps - high).mul_(126).round_()
-        high, low = self.sums(torch.stack((high, low)))
-        leaves = (low * (1 / 126)).add_(high).mul_(step)
+        step = largest.clamp(min=1e-30) * (1 / 7938)  # 63 x 126
+        sums = self.sums((x_GK / step).round_())
+        leaves = sums.float().mul_(step).mul_(self.scale)
         y = add_leaves(leaves.unbind(-2), self.bias)
         return y if self.leaves > 1 or self.partial else y.to(x.dtype)
 
-    def sums(self, codes: Tensor) -> Tensor:
-        """Scaled, fp32 [..., leaves, N], of integers [..., leaves, K / leaves]."""
+    def sums(self, steps: Tensor) -> Tensor:
+        """Of whole numbers [..., leaves, K / leaves], the exact products [..., leaves, N]."""
+        high = (steps * (1 / 126)).round_()
+        codes = torch.stack((high, steps - 126 * high))
         if AMX:
             codes = (codes + 64).to(torch.uint8)
         outputs = (math.prod(self.shape),)
         sums = opaque_linear(codes.flatten(0, -2), self.handle, outputs, torch.float32)
         sums = sums.view(*codes.shape[:-1], self.leaves, -1)
-        return sums.diagonal(dim1=-3, dim2=-2).mT  # of each leaf, with its own part of the input
+        sums = sums.diagonal(dim1=-3, dim2=-2).mT  # of each leaf, with its own part of the input
+        high, low = sums.to(self.sum_type)
+        return high.mul_(126).add_(low)
 
 
 class Int4Linear(Packed):

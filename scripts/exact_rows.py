@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 import kernels
 from kernels import LeafPacked, Packed
-from quantize import AMX, Int4Linear, Int8Linear
+from quantize import AMX, MOST_EXACT, Int4Linear, Int8Linear
 from scripts.grouped import with_groups
 from scripts.lanes import LANES, RowInLanes, in_turn
 
 MOST_CODES = 6 << 20  # a larger weight in 8 bits is no slower by FBGEMM
-MOST_EXACT = 2**24 // (63 * 127)  # numbers of 7 bits and of 8 whose sum fp32 holds
 MANY_ROWS = 16  # from which on leaves in 8 bits are multiplied apart
 MOST_IN_ONE_CALL = 3 << 19  # bytes of 4 bits that a row reads for all products of stacked leaves
 
@@ -28,27 +27,29 @@ class ExactCodes(Int8Linear):
     def pack(self, weight: Tensor, scale: Tensor, exact: bool) -> None:
         super().pack(weight, scale, exact)
         leaves = weight.chunk(self.leaves, dim=1)
-        self.register_buffer("codes", torch.stack(leaves))
-        self.register_buffer("scales", scale.float().flatten())
+        codes = torch.stack(leaves).unflatten(1, (-1, LANES))
+        self.register_buffer("codes", codes.mT.contiguous())
         alone = self.leaves == 1
         self.apart = [] if alone else [Int8Linear(x, scale=scale, exact=exact) for x in leaves]
 
-    def sums(self, codes: Tensor) -> Tensor:
-        rows = codes.shape[1:-2].numel()
+    def sums(self, steps: Tensor) -> Tensor:
+        rows = steps.shape[:-2].numel()
         many = MANY_ROWS
         if torch.compiler.is_compiling():
             if rows == 1 and self.codes is not None:
-                return self.sums_in_loops(codes)
+                return self.sums_in_loops(steps)
             many = 2  # one graph for all
         if self.apart and rows >= many:
-            parts = zip(self.apart, codes.split(1, dim=-2), strict=True)
+            parts = zip(self.apart, steps.split(1, dim=-2), strict=True)
             return torch.cat([leaf.sums(part) for leaf, part in parts], dim=-2)
-        return super().sums(codes)
+        return super().sums(steps)
 
-    def sums_in_loops(self, codes: Tensor) -> Tensor:
-        codes = codes.as_strided(codes.shape, codes.stride()).unsqueeze(-2)
-        sums = [(self.codes.float() * part).sum(-1) for part in codes]
-        return torch.stack(sums) * self.scales
+    def sums_in_loops(self, steps: Tensor) -> Tensor:
+        row = steps.flatten(0, -2).to(torch.int32)
+        # A strided view is of a tensor in memory: else each output would compute its input anew.
+        row = row.as_strided(row.shape, row.stride()).view(self.leaves, 1, -1, 1)
+        sums = (self.codes.to(torch.int32) * row).sum(2, dtype=torch.int32)
+        return sums.view(*steps.shape[:-1], -1)
 
 
 class InGraph(nn.Module):
@@ -127,21 +128,21 @@ def prepared_exactly(
 
 def with_exact_codes(packed: Int8Linear, one_slot: bool) -> Int8Linear:
     """With each leaf apart, and for one slot with its codes once more if they are few."""
-    codes, scale = codes_of(packed)
+    codes = codes_of(packed)
     looped = one_slot and codes.numel() <= MOST_CODES and codes.shape[1] <= MOST_EXACT
+    looped = looped and packed.shape[-1] % LANES == 0
     if packed.leaves == 1 and not looped:
         return packed
     weight = torch.cat(codes.chunk(packed.leaves), dim=1)
     how = (packed.bias, packed.leaves, packed.partial)
-    layer = ExactCodes(weight, *how, scale=scale[: len(weight), None], exact=True)
+    layer = ExactCodes(weight, *how, scale=packed.scale[:, None], exact=True)
     layer.codes = layer.codes if looped else None
     return layer
 
 
-def codes_of(packed: Int8Linear) -> tuple[Tensor, Tensor]:
-    """Its codes, int8 [leaves * N, K / leaves], and scales [leaves * N], out of the kernel's
-    layout."""
+def codes_of(packed: Int8Linear) -> Tensor:
+    """Its codes, int8 [leaves * N, K / leaves], out of the kernel's layout."""
     if AMX:
-        return packed.weight.to_dense().T.contiguous(), packed.scale
+        return packed.weight.to_dense().T.contiguous()
     weight, _ = torch.ops.quantized.linear_unpack(*packed.packed)
-    return weight.int_repr(), weight.q_per_channel_scales().float()
+    return weight.int_repr()

@@ -175,7 +175,7 @@ def for_eager_row(packed: Packed, fits_twice: bool) -> nn.Module:
 
 def with_codes(packed: Int8Linear, dtype: torch.dtype, one_slot: bool) -> nn.Module:
     """With its codes, int8 [N, K], and scales [N], if they are few."""
-    codes, scale = codes_of(packed)
+    codes, scale = codes_of(packed), packed.scale
     packed = ManyCodes(packed) if AMX else packed
     # The product of floats with codes takes scales of their dtype, and reads 16 inputs at a time.
     same = scale.to(dtype)
