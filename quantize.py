@@ -24,7 +24,7 @@ from torch import Tensor
 from kernels import Fast, Packed, TritonPacked, add_leaves, opaque_linear
 
 AMX = torch.cpu._is_amx_tile_supported()
-MOST_EXACT = 2**24 // (63 * 127)  # products of 7 and 8 bits whose sum fp32 holds; int32 of 14
+MOST_EXACT = 2**24 // (64 * 127)  # products of 7 and 8 bits that fp32 adds exactly, int32 of 14
 
 
 class Int8Linear(Packed):
@@ -43,7 +43,6 @@ class Int8Linear(Packed):
         # Leaves are stacked: one quick product of them all and those of an input has all we want.
         weight = torch.cat(weight.chunk(self.leaves, 1))
         self.register_buffer("scale", scale.float().flatten())
-        self.sum_type = torch.int32 if weight.shape[1] <= MOST_EXACT else torch.float64
         ones = torch.ones(len(weight))
         zeros = torch.zeros(len(weight), dtype=torch.int64)
         if AMX:  # oneDNN, quick at many rows with AMX
@@ -62,24 +61,23 @@ class Int8Linear(Packed):
     def forward(self, x: Tensor) -> Tensor:
         x_GK = x.unflatten(-1, (self.leaves, -1)).float()
         largest = x_GK.abs().amax(-1, keepdim=True)
-        step = largest.clamp(min=1e-30) * (1 / 7938)  # 63 x 126
+        step = largest.clamp(min=1e-30) * (1 / 8127)  # 63 x 128 + 63
         sums = self.sums((x_GK / step).round_())
-        leaves = sums.float().mul_(step).mul_(self.scale)
+        leaves = sums.mul_(step).mul_(self.scale)
         y = add_leaves(leaves.unbind(-2), self.bias)
         return y if self.leaves > 1 or self.partial else y.to(x.dtype)
 
     def sums(self, steps: Tensor) -> Tensor:
-        """Of whole numbers [..., leaves, K / leaves], the exact products [..., leaves, N]."""
-        high = (steps * (1 / 126)).round_()
-        codes = torch.stack((high, steps - 126 * high))
+        """Of whole numbers, fp32 [..., leaves, K / leaves], sums [..., leaves, N], rounded once."""
+        high = ((steps + 64) * (1 / 128)).floor_()
+        codes = torch.stack((high, steps - 128 * high))
         if AMX:
             codes = (codes + 64).to(torch.uint8)
         outputs = (math.prod(self.shape),)
         sums = opaque_linear(codes.flatten(0, -2), self.handle, outputs, torch.float32)
         sums = sums.view(*codes.shape[:-1], self.leaves, -1)
-        sums = sums.diagonal(dim1=-3, dim2=-2).mT  # of each leaf, with its own part of the input
-        high, low = sums.to(self.sum_type)
-        return high.mul_(126).add_(low)
+        high, low = sums.diagonal(dim1=-3, dim2=-2).mT  # of each leaf, with its part of the input
+        return torch.add(low, high, alpha=128)
 
 
 class Int4Linear(Packed):

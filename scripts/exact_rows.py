@@ -49,7 +49,7 @@ class ExactCodes(Int8Linear):
         # A strided view is of a tensor in memory: else each output would compute its input anew.
         row = row.as_strided(row.shape, row.stride()).view(self.leaves, 1, -1, 1)
         sums = (self.codes.to(torch.int32) * row).sum(2, dtype=torch.int32)
-        return sums.view(*steps.shape[:-1], -1)
+        return sums.float().view(*steps.shape[:-1], -1)
 
 
 class InGraph(nn.Module):
