@@ -221,12 +221,14 @@ def exact_tiles(N: int, K: int, dtype: torch.dtype, threads: int) -> list[int]:
 
 def write_cache(k_BTGD, v_BTGD, k_cache, v_cache, pos_BT: Tensor) -> None:
     """Put new keys and values into [B, G, L, D] at their positions, before anyone attends."""
-    for new, cache in ((k_BTGD, k_cache), (v_BTGD, v_cache)):
-        if len(pos_BT) == 1 and not cache.is_cuda:  # for which a compiler writes both at once
-            cache.index_copy_(2, pos_BT[0], new.transpose(1, 2))
-        else:
-            rows = torch.arange(len(pos_BT), device=pos_BT.device)[:, None]
-            cache[rows, :, pos_BT] = new
+    if len(pos_BT) == 1 and not k_cache.is_cuda:  # for which a compiler writes both at once
+        index = pos_BT[0]
+        k_cache.index_copy_(2, index, k_BTGD.transpose(1, 2))
+        v_cache.index_copy_(2, index, v_BTGD.transpose(1, 2))
+    else:
+        rows = torch.arange(len(pos_BT), device=pos_BT.device)[:, None]
+        k_cache[rows, :, pos_BT] = k_BTGD
+        v_cache[rows, :, pos_BT] = v_BTGD
 
 
 def dense_mask(mask_mod: Callable, pos_BT: Tensor, span: int, heads_GR: Tensor, k_cache) -> list:
@@ -269,8 +271,7 @@ def attend_rows(q_BGMD, k_BGLD, v_BGLD, mask, rows: int, scale: float) -> Tensor
     q = fill_up(q_BGMD, 0, 0, 0, more)
     if mask.shape[2] > 1:  # else all rows see the same
         mask = fill_up(mask, 0, 0, 0, more)
-    span = mask.shape[-1]
-    keys, values = k_BGLD[:, :, :span], v_BGLD[:, :, :span]
+    keys, values = (x[:, :, : mask.shape[-1]] for x in (k_BGLD, v_BGLD))
     y = F.scaled_dot_product_attention(q, keys, values, mask, scale=scale)
     return y[:, :, :M]
 
@@ -355,11 +356,12 @@ def cpu_attention(q, k, v, k_cache, v_cache, pos, bias, limit, spans, rows, scal
 def sigmoid(x: Tensor) -> Tensor:
     """At the end of a thread's part, numbers that fill no vector would have a formula of their own:
     parts are whole vectors, and too few for a second thread."""
-    y = fill_up(x, 0, -x.shape[-1] % 32)
-    y = y.clone(memory_format=torch.contiguous_format)
-    size = y.numel() if y.is_cuda else 1 << 14
-    for part in y.view(-1).split(size):
-        part.sigmoid_()
+    whole = fill_up(x, 0, -x.shape[-1] % 32).contiguous()
+    if x.is_cuda or whole.numel() <= 1 << 14:
+        y = whole.sigmoid()
+    else:
+        parts = [part.sigmoid() for part in whole.view(-1).split(1 << 14)]
+        y = torch.cat(parts).view_as(whole)
     return y[..., : x.shape[-1]]
 
 
