@@ -30,14 +30,9 @@ ALWAYS = ("temperature", "top_k", "top_p")  # what else no row has changed costs
 def mix(x):
     """A 32-bit hash of an int or int64 tensor (Wellons' hash-prospector). Its constants are below
     2^31, so that no product overflows."""
-    x = x ^ (x >> 16)
-    x *= 0x21F0AAAD
-    x &= WORD
-    x ^= x >> 15
-    x *= 0x735A2D97
-    x &= WORD
-    x ^= x >> 15
-    return x
+    x = (x ^ (x >> 16)) * 0x21F0AAAD & WORD
+    x = (x ^ (x >> 15)) * 0x735A2D97 & WORD
+    return x ^ (x >> 15)
 
 
 def noise_key(seed: int, sample: int) -> list[int]:
