@@ -69,8 +69,8 @@ class Int8Linear(Packed):
 
     def sums(self, steps: Tensor) -> Tensor:
         """Of whole numbers, fp32 [..., leaves, K / leaves], sums [..., leaves, N], rounded once."""
-        high = ((steps + 64) * (1 / 128)).floor_()
-        codes = torch.stack((high, steps - 128 * high))
+        high = (steps + 64).mul_(1 / 128).floor_()
+        codes = torch.stack((high, torch.sub(steps, high, alpha=128)))
         if AMX:
             codes = (codes + 64).to(torch.uint8)
         outputs = (math.prod(self.shape),)
