@@ -20,15 +20,17 @@ MOST_IN_ONE_CALL = 3 << 19  # bytes of 4 bits that a row reads for all products 
 
 
 class ExactCodes(Int8Linear):
-    """A weight in 8 bits whose sums of one row in a compiled graph are loops: those of integers
-    below 2^24 are exact in fp32. Codes [leaves, N, K / leaves] and scales [N]. Many rows multiply
+    """A weight in 8 bits whose sums of one row in a compiled graph are loops, in int32 and of
+    several outputs side by side: codes [leaves, N / LANES, K / leaves, LANES]. Many rows multiply
     each leaf apart, which is less work than all products of stacked leaves, and more calls."""
 
     def pack(self, weight: Tensor, scale: Tensor, exact: bool) -> None:
         super().pack(weight, scale, exact)
         leaves = weight.chunk(self.leaves, dim=1)
-        codes = torch.stack(leaves).unflatten(1, (-1, LANES))
-        self.register_buffer("codes", codes.mT.contiguous())
+        codes = None
+        if len(weight) % LANES == 0:
+            codes = torch.stack(leaves).unflatten(1, (-1, LANES)).mT.contiguous()
+        self.register_buffer("codes", codes)
         alone = self.leaves == 1
         self.apart = [] if alone else [Int8Linear(x, scale=scale, exact=exact) for x in leaves]
 

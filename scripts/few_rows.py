@@ -1,8 +1,9 @@
 """Linear layers for one row, or a few: there, what surrounds the product of a small weight takes
 longer than the product. One compiled row has loops over a weight that Inductor writes into the code
 around them; at one row they also read memory faster than oneDNN does (large weights: lanes.py). In
-eager code a few rows of int8 need not become codes: PyTorch has a product of floats with codes,
-which is slow for many. With --deterministic, see exact_rows.py."""
+eager code a row of 16 bits multiplies a plain weight, and a few rows of int8 need not become codes:
+PyTorch has a product of floats with codes, which is slow for many. With --deterministic, see
+exact_rows.py."""
 
 from collections.abc import Iterator
 
@@ -108,7 +109,7 @@ class ManyCodes(nn.Module):
 
 def prepare(model: Transformer, compiled: bool, one_slot: bool) -> None:
     """Give the layers of a loaded model what few rows take: also compiled ones, and in one slot one
-    compiled row. Weights are there twice for that, in as much as half of the memory that is free.
+    row. Weights are there twice for that, in as much as half of the memory that is free.
     Of more, a float weight leaves its blocks, without which products of several rows take up to
     twice the time, and those of hundreds 1.04 times."""
     if model.device.type != "cpu":

@@ -263,10 +263,13 @@ def test_sums_of_codes_are_exact_up_to_a_length(K, is_exact):
     assert (prepared is layer) != is_exact
 
 
+@pytest.mark.parametrize("one_slot", [True, False])
+@pytest.mark.parametrize("N", [64, 50])  # the second one fills no lanes
 @pytest.mark.parametrize("rows", [3, exact_rows.MANY_ROWS, 70])
-def test_leaves_of_int8_apart_have_the_bits_of_stacked_ones(rows):
-    layer, _, _ = packed("int8", BATCH_INVARIANT, (64, 576), leaves=3)
-    apart = exact_rows.prepared_exactly(layer, torch.float32, False, True)
+def test_leaves_of_int8_apart_have_the_bits_of_stacked_ones(rows, N, one_slot):
+    layer, _, _ = packed("int8", BATCH_INVARIANT, (N, 576), leaves=3)
+    apart = exact_rows.prepared_exactly(layer, torch.float32, one_slot, True)
+    assert (apart.codes is None) == (N == 50 or not one_slot)
     x = randn(2, rows, 576)
     want = layer.forward(x)
     assert torch.equal(apart.forward(x), want)
